@@ -1,0 +1,16 @@
+"""mi_jax: mechanistic interpretability in JAX. `import mi_jax as mi` gives the verbs; the rest is in the packages."""
+
+from mi_jax.core import At as At
+from mi_jax.core import Edit as Edit
+from mi_jax.core import SiteError as SiteError
+from mi_jax.core import ablate as ablate
+from mi_jax.core import add as add
+from mi_jax.core import at as at
+from mi_jax.core import capture as capture
+from mi_jax.core import each as each
+from mi_jax.core import intervene as intervene
+from mi_jax.core import patch as patch
+from mi_jax.core import run as run
+from mi_jax.core import scale as scale
+from mi_jax.core import sweep as sweep
+from mi_jax.core import transform as transform

@@ -1,0 +1,154 @@
+"""The computational graph: sources write to the residual stream, readers read from it, edges join them.
+
+Sources are `input`, every head `a{l}.h{h}` and every MLP `m{l}`. Readers are `a{l}.h{h}<q>` per head, `a{l}.h{h}<k>` and
+`<v>` per key/value head, `m{l}` and `logits`. There is an edge where the source is written before the reader reads.
+Names follow EAP-IG (Hanna et al. 2024); grouped key/value heads keep their own readers.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from mi_jax.models.config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """The edges of a decoder of this shape; arrays over edges have shape `[source reader]`."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    has_mlp: bool
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> "Graph":
+        return cls(config.n_layers, config.n_heads, config.n_kv_heads, config.d_mlp > 0)
+
+    @property
+    def layer_sources(self) -> int:
+        return self.n_heads + self.has_mlp
+
+    @property
+    def layer_readers(self) -> int:
+        """Queries, keys and values of one layer, then its MLP."""
+        return self.n_heads + 2 * self.n_kv_heads + self.has_mlp
+
+    @property
+    def n_sources(self) -> int:
+        return 1 + self.n_layers * self.layer_sources
+
+    @property
+    def n_readers(self) -> int:
+        return self.n_layers * self.layer_readers + 1
+
+    @functools.cached_property
+    def sources(self) -> tuple[str, ...]:
+        names = ["input"]
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.h{h}" for h in range(self.n_heads)] + [f"m{layer}"] * self.has_mlp
+        return tuple(names)
+
+    @functools.cached_property
+    def readers(self) -> tuple[str, ...]:
+        names: list[str] = []
+        for layer in range(self.n_layers):
+            for letter, n in (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads)):
+                names += [f"a{layer}.h{h}<{letter}>" for h in range(n)]
+            names += [f"m{layer}"] * self.has_mlp
+        return (*names, "logits")
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray:
+        """True where an edge exists, `[source reader]`."""
+        # the moment of writing or reading: 2·layer for attention, 2·layer + 1 for the MLP
+        written = [-1]
+        read: list[int] = []
+        for layer in range(self.n_layers):
+            written += [2 * layer] * self.n_heads + [2 * layer + 1] * self.has_mlp
+            read += [2 * layer] * (self.n_heads + 2 * self.n_kv_heads) + [2 * layer + 1] * self.has_mlp
+        read.append(2 * self.n_layers)
+        return np.asarray(written)[:, None] < np.asarray(read)[None, :]
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.edges.sum())
+
+    def index(self, edge: str) -> tuple[int, int]:
+        """Indices of `source->reader`.
+
+        Raises:
+          ValueError: no such edge.
+        """
+        source, _, reader = edge.partition("->")
+        if source in self.sources and reader in self.readers:
+            s, r = self.sources.index(source), self.readers.index(reader)
+            if self.edges[s, r]:
+                return s, r
+        raise ValueError(f"no edge {edge!r}; edges look like 'input->a0.h0<q>' or 'm0->logits'")
+
+    def mask(self, edges) -> np.ndarray:
+        """Boolean `[source reader]` with the named edges."""
+        out = np.zeros((self.n_sources, self.n_readers), bool)
+        for edge in edges:
+            out[self.index(edge)] = True
+        return out
+
+    def names(self, mask: np.ndarray) -> list[str]:
+        """The names of the edges in a mask."""
+        return [f"{self.sources[s]}->{self.readers[r]}" for s, r in np.argwhere(mask & self.edges)]
+
+    def prune(self, mask: np.ndarray) -> np.ndarray:
+        """Drops edges that no path from the input to the logits uses.
+
+        A head is alive when its value is read from something alive; its queries and keys alone carry nothing.
+        """
+        mask = mask & self.edges
+        while True:
+            kept = mask & self._reached(mask)[:, None] & self._useful(mask)[None, :]
+            if (kept == mask).all():
+                return kept
+            mask = kept
+
+    def _reader_rows(self, name: str) -> list[int]:
+        """Readers that a source (a head or an MLP) computes from."""
+        layer, _, head = name[1:].partition(".h")
+        base = int(layer) * self.layer_readers
+        if not head:
+            return [base + self.layer_readers - 1]
+        group = int(head) * self.n_kv_heads // self.n_heads
+        k = base + self.n_heads + group
+        return [base + int(head), k, k + self.n_kv_heads]
+
+    def _reached(self, mask: np.ndarray) -> np.ndarray:
+        alive = np.zeros(self.n_sources, bool)
+        alive[0] = True
+        for i, name in enumerate(self.sources[1:], 1):
+            alive[i] = bool((mask[:, self._reader_rows(name)[-1]] & alive).any())
+        return alive
+
+    def _useful(self, mask: np.ndarray) -> np.ndarray:
+        useful = np.zeros(self.n_readers, bool)
+        useful[-1] = True
+        for i in range(self.n_sources - 1, 0, -1):
+            if (mask[i] & useful).any():
+                useful[self._reader_rows(self.sources[i])] = True
+        return useful
+
+    def to_json(self, mask: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+        """Nodes and edges of a circuit, for drawing: `{"nodes": [...], "edges": [...]}`."""
+        found = np.argwhere(mask & self.edges)
+        edges = []
+        for s, r in found:
+            reader, _, letter = self.readers[r].rstrip(">").partition("<")
+            kind = letter or ("logits" if reader == "logits" else "mlp")
+            edges.append({"from": self.sources[s], "to": reader, "input": kind, "score": float(scores[s, r])})
+        names = dict.fromkeys(["input", *(e["from"] for e in edges), *(e["to"] for e in edges), "logits"])
+        return {"nodes": [self._node(name) for name in names], "edges": edges}
+
+    def _node(self, name: str) -> dict[str, Any]:
+        if name in ("input", "logits"):
+            return {"name": name, "layer": -1 if name == "input" else self.n_layers, "kind": name}
+        return {"name": name, "layer": int(name[1:].partition(".")[0]), "kind": "head" if name[0] == "a" else "mlp"}

@@ -1,0 +1,20 @@
+"""The activation pytree: sites, edits, transforms, sweeps. Imports jax and nothing else of this project."""
+
+from mi_jax.core import sharding as sharding
+from mi_jax.core.edits import Edit as Edit
+from mi_jax.core.edits import ablate as ablate
+from mi_jax.core.edits import add as add
+from mi_jax.core.edits import each as each
+from mi_jax.core.edits import patch as patch
+from mi_jax.core.edits import scale as scale
+from mi_jax.core.edits import transform as transform
+from mi_jax.core.sites import At as At
+from mi_jax.core.sites import Site as Site
+from mi_jax.core.sites import SiteError as SiteError
+from mi_jax.core.sites import SiteTable as SiteTable
+from mi_jax.core.sites import at as at
+from mi_jax.core.sweeps import sweep as sweep
+from mi_jax.core.transforms import SiteModel as SiteModel
+from mi_jax.core.transforms import capture as capture
+from mi_jax.core.transforms import intervene as intervene
+from mi_jax.core.transforms import run as run

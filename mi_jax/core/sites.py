@@ -1,0 +1,135 @@
+"""Sites: the named activations of a model, their axes, and what to capture of them.
+
+A site name is a checked identity, not a label: `tests/` and every adapter verify the equations of the site table.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+LAYER = "layer"
+
+# TransformerLens names for the tensors that are the same here. `hook_q`/`hook_k` are left out on purpose: there they
+# hold the values before the rotation, here `attn.q` and `attn.k` are what enters the scores.
+_ALIASES = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "hook_mlp_in": "mlp.in",
+    "hook_q_input": "attn.q_in",
+    "hook_k_input": "attn.k_in",
+    "hook_v_input": "attn.v_in",
+    "attn.hook_rot_q": "attn.q",
+    "attn.hook_rot_k": "attn.k",
+    "attn.hook_v": "attn.v",
+    "attn.hook_z": "attn.z",
+    "attn.hook_result": "attn.head_out",
+    "attn.hook_attn_scores": "attn.scores",
+    "attn.hook_pattern": "attn.pattern",
+    "mlp.hook_pre": "mlp.pre",
+    "mlp.hook_post": "mlp.post",
+}
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+class SiteError(ValueError):
+    """A site, an index or a value that does not fit the model; the message says what exists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One named activation. `axes` starts with `layer` where the model has one per layer."""
+
+    name: str
+    axes: tuple[str, ...]
+
+    @property
+    def layered(self) -> bool:
+        return self.axes[0] == LAYER
+
+    @property
+    def slice_axes(self) -> tuple[str, ...]:
+        """Axes of the activation in one layer."""
+        return self.axes[1:] if self.layered else self.axes
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """What to capture of a site: all layers, some (a tuple, kept as leading axis) or one (an int, axis dropped)."""
+
+    site: str
+    layers: int | tuple[int, ...] | None = None
+
+
+def at(site: str, layers: int | Sequence[int] | None = None) -> At:
+    """Asks for a site at some layers only; memory is proportional to what is asked.
+
+    Example: `mi.capture(model, mi.at("resid_post", layers=(4, 8)))` gives `acts["resid_post"]` of shape
+    `[2 batch pos d_model]`, and `layers=4` one of shape `[batch pos d_model]`.
+    """
+    return At(site, tuple(layers) if isinstance(layers, Sequence) else layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteTable:
+    """The sites of one model, with the sizes of its axes: `sizes` maps `layer`, `head`, ... to a number."""
+
+    model: str
+    sites: tuple[Site, ...]
+    sizes: tuple[tuple[str, int], ...]
+
+    def size(self, axis: str) -> int:
+        return dict(self.sizes)[axis]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites)
+
+    def resolve(self, name: str) -> tuple[Site, int | None]:
+        """The site behind a name or a TransformerLens alias, and the layer that the alias names.
+
+        Raises:
+          SiteError: no such site, or the alias names a layer that the model does not have.
+        """
+        layer = None
+        match = _BLOCK.fullmatch(name)
+        if match:
+            layer, name = int(match[1]), _ALIASES.get(match[2], name)
+        elif name == "hook_embed":
+            name = "embed"
+        for site in self.sites:
+            if site.name == name:
+                if layer is not None:
+                    self.check_index(site, LAYER, layer)
+                return site, layer
+        raise SiteError(f"{self.model} has no site {name!r}; it has {', '.join(self.names)}")
+
+    def check_index(self, site: Site, axis: str, index: int) -> None:
+        """Raises SiteError unless `-n <= index < n` on that axis (layers: `0 <= layer < n`)."""
+        n = self.size(axis)
+        if not (0 if axis == LAYER else -n) <= index < n:
+            raise SiteError(f"site {site.name!r} of {self.model} has {n} {axis}s (0–{n - 1}); got {axis}={index}")
+
+    def normalise(self, specs: Sequence[str | At]) -> tuple[At, ...]:
+        """Checks what is to be captured and returns it with canonical site names.
+
+        Raises:
+          SiteError: unknown site, layer out of range, layers of a site that has none, or the same site twice.
+        """
+        out: list[At] = []
+        for spec in specs:
+            spec = at(spec) if isinstance(spec, str) else spec
+            site, layer = self.resolve(spec.site)
+            layers = layer if layer is not None else spec.layers
+            if layers is not None and not site.layered:
+                raise SiteError(f"site {site.name!r} of {self.model} exists once, not per layer; got layers={layers}")
+            for one in (layers,) if isinstance(layers, int) else layers or ():
+                self.check_index(site, LAYER, one)
+            wanted = At(site.name, layers)
+            if any(o.site == site.name and o != wanted for o in out):
+                raise SiteError(f"site {site.name!r} is asked for twice with different layers; ask once for all of them")
+            if wanted not in out:
+                out.append(wanted)
+        return tuple(out)

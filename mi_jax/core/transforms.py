@@ -1,0 +1,97 @@
+"""`capture` and `intervene`: a model in, a function with the model's own signature out. They nest in any order."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import equinox as eqx
+from jaxtyping import Array
+
+from mi_jax.core.edits import Edit, Taps, taps
+from mi_jax.core.sites import At, SiteTable
+
+
+class SiteModel(Protocol):
+    """A pure function from inputs to outputs and to the activations that were asked for.
+
+    `model(inputs, taps=…, capture=…)` returns the output when `capture` is None and `(output, activations)` otherwise.
+    """
+
+    @property
+    def site_table(self) -> SiteTable: ...
+
+    def __call__(self, *inputs, taps: Taps | None = None, capture: Sequence[str | At] | None = None, **options) -> Any:
+        ...
+
+
+class Intervened(eqx.Module):
+    """A model with edits; see `intervene`."""
+
+    model: Any
+    edits: Taps
+
+    @property
+    def site_table(self) -> SiteTable:
+        return self.model.site_table
+
+    def __call__(self, *inputs, taps=None, capture=None, **options):
+        merged = dict(self.edits)
+        for name, edits in (taps or {}).items():
+            merged[name] = (*merged.get(name, ()), *edits)
+        return self.model(*inputs, taps=merged, capture=capture, **options)
+
+
+class Captured(eqx.Module):
+    """A model that also returns activations; see `capture`."""
+
+    model: Any
+    wanted: tuple[At, ...] = eqx.field(static=True)
+
+    @property
+    def site_table(self) -> SiteTable:
+        return self.model.site_table
+
+    def __call__(self, *inputs, taps=None, capture=None, **options):
+        wanted = self.site_table.normalise((*self.wanted, *(capture or ())))
+        return self.model(*inputs, taps=taps, capture=wanted, **options)
+
+
+def intervene(model: SiteModel, *edits: Edit) -> Intervened:
+    """The model under edits, applied in order; nested calls apply the inner edits first.
+
+    Example:
+      `logits = mi.intervene(model, mi.patch("attn.z", acts, layer=5, head=3, pos=-1))(corrupt)`
+
+    Raises:
+      SiteError: no edits, an unknown site, an index out of range, or a value of the wrong shape.
+    """
+    if not edits:
+        raise ValueError("intervene needs at least one edit, such as mi.ablate('attn_out', layer=0)")
+    return Intervened(model, taps(edits, model.site_table))
+
+
+def capture(model: SiteModel, *specs: str | At) -> Captured:
+    """The model, returning `(output, activations)` with the named sites; nothing else is materialised.
+
+    Example:
+      `logits, acts = mi.capture(model, "resid_post", mi.at("attn.z", layers=(4, 8)))(tokens)`
+
+    A layered site has a leading `layer` axis. Pass `output=False` in the call where the output is not needed: the
+    forward then stops after the last layer asked for and returns None in its place.
+
+    Raises:
+      SiteError: an unknown site, or a layer that the model does not have.
+    """
+    return Captured(model, model.site_table.normalise(specs))
+
+
+@eqx.filter_jit
+def _compiled(fn, args, options):
+    return fn(*args, **options)
+
+
+def run(fn, *args: Array, **options):
+    """Calls a model, or a transform of one, compiled. Models and edits are arguments, not constants.
+
+    So another layer, head, position or value, and another model of the same shape, use the same program.
+    """
+    return _compiled(fn, args, options)

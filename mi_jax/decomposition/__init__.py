@@ -1,0 +1,1 @@
+"""Sparse dictionaries and their null baselines."""

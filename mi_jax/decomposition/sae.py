@@ -1,0 +1,145 @@
+"""TopK sparse autoencoder: x ≈ b_dec + Σ_j z_j w_dec[j] with at most k of the d_sae codes z_j positive.
+
+Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", §2.3 (TopK) and appendix A.2 (AuxK).
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mi_jax.decomposition.sparse import preactivations, select, sparse_decode, topk_encode
+
+
+@dataclasses.dataclass(frozen=True)
+class SAEConfig:
+    """Shape of a dictionary and of its auxiliary loss.
+
+    Attributes:
+      d_model: width of the activations.
+      d_sae: number of latents.
+      k: codes kept per token.
+      k_aux: dead latents that model what is left over of a token.
+      aux_coefficient: weight of that auxiliary loss.
+    """
+
+    d_model: int
+    d_sae: int
+    k: int
+    k_aux: int = 32
+    aux_coefficient: float = 1 / 32
+
+    def __post_init__(self):
+        for name in ("d_model", "d_sae", "k", "k_aux"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if max(self.k, self.k_aux) > self.d_sae:
+            raise ValueError(f"k={self.k} and k_aux={self.k_aux} must be at most d_sae={self.d_sae}")
+
+
+class SAE(eqx.Module):
+    """Calling it gives the reconstruction, so it is a value for `mi.transform`. Units are those of the activations."""
+
+    w_enc: Float[Array, "d_sae d_model"]
+    b_enc: Float[Array, " d_sae"]
+    w_dec: Float[Array, "d_sae d_model"]
+    b_dec: Float[Array, " d_model"]
+    k: int = eqx.field(static=True)
+
+    def encode_sparse(self, x: Float[Array, "*batch d_model"]) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
+        """Values (not negative, largest first) and latent indices of the k codes of every token."""
+        values, indices = topk_encode(self._centre(x), self.w_enc, self.b_enc, self.k)
+        shape = (*x.shape[:-1], self.k)
+        return jax.nn.relu(values).reshape(shape), indices.reshape(shape)
+
+    def encode(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_sae"]:
+        """Dense codes, zero outside the k places."""
+        values, indices = self.encode_sparse(x)
+        zeros = jnp.zeros((*x.shape[:-1], self.w_enc.shape[0]), values.dtype)
+        return jnp.put_along_axis(zeros, indices, values, axis=-1, inplace=False)
+
+    def decode(self, codes: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_model"]:
+        """Reconstruction from dense codes, whatever their sparsity."""
+        return codes @ self.w_dec + self.b_dec
+
+    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        values, indices = topk_encode(self._centre(x), self.w_enc, self.b_enc, self.k)
+        return (sparse_decode(jax.nn.relu(values), indices, self.w_dec) + self.b_dec[None, :]).reshape(x.shape)
+
+    def _centre(self, x: Array) -> Array:
+        d_model = self.b_dec.shape[0]
+        if x.shape[-1] != d_model:
+            raise ValueError(f"the dictionary reads activations of width {d_model}, got shape {x.shape}")
+        return x.reshape(-1, d_model) - self.b_dec[None, :]
+
+
+def init(
+    config: SAEConfig,
+    *,
+    key: Array,
+    mean: Float[Array, " d_model"] | None = None,
+    samples: Float[Array, "d_sae d_model"] | None = None,
+) -> SAE:
+    """Decoder rows of unit norm, encoder equal to the decoder, no encoder bias.
+
+    Args:
+      config: the dictionary's shape.
+      key: draws the directions.
+      mean: start of b_dec; zero if not given.
+      samples: activations whose deviations from `mean` become the directions; random directions if not given.
+    """
+    shape = (config.d_sae, config.d_model)
+    mean = jnp.zeros(config.d_model) if mean is None else mean
+    if samples is not None and samples.shape != shape:
+        raise ValueError(f"samples must be one activation per latent, {shape}, got {samples.shape}")
+    directions = jax.random.normal(key, shape) if samples is None else samples - mean[None, :]
+    w_dec = unit_rows(directions)
+    return SAE(w_enc=w_dec, b_enc=jnp.zeros(config.d_sae), w_dec=w_dec, b_dec=mean, k=config.k)
+
+
+def unit_rows(w: Float[Array, "d_sae d_model"]) -> Float[Array, "d_sae d_model"]:
+    return w / jnp.maximum(jnp.linalg.norm(w, axis=-1, keepdims=True), 1e-8)
+
+
+class Losses(eqx.Module):
+    """What one batch cost: squared errors per dimension, and how often each latent fired."""
+
+    reconstruction: Float[Array, ""]
+    auxiliary: Float[Array, ""]
+    fired: Float[Array, " d_sae"]
+
+
+def loss(
+    sae: SAE, x: Float[Array, "batch d_model"], dead: Bool[Array, " d_sae"], config: SAEConfig
+) -> tuple[Float[Array, ""], Losses]:
+    """mean (x − x̂)² + α · min(n_dead / k_aux, 1) · mean (e − ê)².
+
+    e = x − x̂ carries no gradient, and ê = z_aux w_dec is its reconstruction (without b_dec) from the k_aux dead latents
+    of largest pre-activation. When no latent is dead the second term costs nothing.
+    """
+    centred = x - sae.b_dec[None, :]
+    h = preactivations(centred, sae.w_enc, sae.b_enc)
+    values, indices = select(h, centred, sae.w_enc, sae.b_enc, sae.k)
+    values = jax.nn.relu(values)
+    error = centred - sparse_decode(values, indices, sae.w_dec)
+    fired = jnp.zeros(sae.w_enc.shape[0], x.dtype).at[indices].add((values > 0).astype(x.dtype))
+
+    def auxiliary(sae, error):
+        masked = jnp.where(dead[None, :], h, -jnp.inf)
+        v, i = select(masked, jax.lax.stop_gradient(centred), sae.w_enc, sae.b_enc, config.k_aux)
+        v = jnp.where(dead[i], jax.nn.relu(v), 0.0)
+        weight = jnp.minimum(dead.sum() / config.k_aux, 1.0)
+        return weight * jnp.mean((error - sparse_decode(v, i, sae.w_dec)) ** 2)
+
+    target = jax.lax.stop_gradient(error)
+    aux = jax.lax.cond(dead.any(), auxiliary, lambda sae, error: jnp.zeros((), error.dtype), sae, target)
+    reconstruction = jnp.mean(error**2)
+    return reconstruction + config.aux_coefficient * aux, Losses(reconstruction, aux, fired)
+
+
+def logical_axes(sae: SAE) -> SAE:
+    """The same tree with the names of each array's axes, for `mi_jax.core.sharding.shard`."""
+    rows = ("d_sae", "d_model")
+    return SAE(w_enc=rows, b_enc=("d_sae",), w_dec=rows, b_dec=("d_model",), k=sae.k)  # pyright: ignore[reportArgumentType]
