@@ -9,8 +9,8 @@ from mi_jax.core import at as at
 from mi_jax.core import capture as capture
 from mi_jax.core import each as each
 from mi_jax.core import intervene as intervene
+from mi_jax.core import jit as jit
 from mi_jax.core import patch as patch
-from mi_jax.core import run as run
 from mi_jax.core import scale as scale
 from mi_jax.core import sweep as sweep
 from mi_jax.core import transform as transform

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 from pathlib import Path
 
 if "jax" in sys.modules:
@@ -12,19 +13,24 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Each worker has its own folder: jax writes an entry in place, so one worker could read what another is half-way through.
+# Each worker has its own folder: jax writes an entry in place, so one could read what another is half-way through.
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mi_jax" / "xla-tests" / _worker
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-# Modules that `tests/` imports from here on have their jaxtyping annotations checked on every call.
-_import_hook = install_import_hook(["mi_jax", "mi_kernels"], "beartype.beartype")
+# What the tests import from these packages has its annotations checked on every call, an int being a float as PEP 484
+# has it. The import hook takes the checker by a dotted name only, hence the module.
+_typechecker = types.ModuleType("mi_jax_tests_typechecker")
+_typechecker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
+sys.modules[_typechecker.__name__] = _typechecker
+_import_hook = install_import_hook(["mi_jax", "mi_kernels"], f"{_typechecker.__name__}.check")
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def random_edges(graph: Graph, n: int, *, seed: int) -> np.ndarray:
 
 
 def sizes(graph: Graph, fractions: Sequence[float] = FRACTIONS) -> tuple[int, ...]:
+    """Numbers of edges, at least one, that are these fractions of all edges."""
     return tuple(max(1, round(f * graph.n_edges)) for f in fractions)
 
 

@@ -1,7 +1,7 @@
 """The computational graph: sources write to the residual stream, readers read from it, edges join them.
 
-Sources are `input`, every head `a{l}.h{h}` and every MLP `m{l}`. Readers are `a{l}.h{h}<q>` per head, `a{l}.h{h}<k>` and
-`<v>` per key/value head, `m{l}` and `logits`. There is an edge where the source is written before the reader reads.
+Sources are `input`, every head `a{l}.h{h}` and every MLP `m{l}`. Readers are `a{l}.h{h}<q>` per head, `a{l}.h{h}<k>`
+and `<v>` per key/value head, `m{l}` and `logits`. There is an edge where the source is written before the reader reads.
 Names follow EAP-IG (Hanna et al. 2024); grouped key/value heads keep their own readers.
 """
 

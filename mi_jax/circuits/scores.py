@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import embedded, masked_forward, source_outputs
-from mi_jax.core.edits import Add, Index, Patch
+from mi_jax.core.edits import Add, Edit, Index, Patch
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
@@ -34,7 +34,7 @@ def _attribution(model: Decoder, task: Task, alphas: Float[Array, " step"]) -> F
     last = jnp.asarray(config.n_layers - 1, jnp.int32)
 
     def metric(additions, final, alpha):
-        taps = {name: (Add(name, Index(), value),) for name, value in additions.items()}
+        taps: dict[str, tuple[Edit, ...]] = {name: (Add(name, Index(), value),) for name, value in additions.items()}
         taps["embed"] = (Patch("embed", Index(), corrupt + alpha * (clean - corrupt)),)
         taps["resid_post"] = (Add("resid_post", Index(layer=last), final),)
         logits = model(task.clean, task.mask, taps=taps, output_pos=task.position)

@@ -1,6 +1,7 @@
 """The activation pytree: sites, edits, transforms, sweeps. Imports jax and nothing else of this project."""
 
 from mi_jax.core import sharding as sharding
+from mi_jax.core.conformance import check_sites as check_sites
 from mi_jax.core.edits import Edit as Edit
 from mi_jax.core.edits import ablate as ablate
 from mi_jax.core.edits import add as add
@@ -17,4 +18,4 @@ from mi_jax.core.sweeps import sweep as sweep
 from mi_jax.core.transforms import SiteModel as SiteModel
 from mi_jax.core.transforms import capture as capture
 from mi_jax.core.transforms import intervene as intervene
-from mi_jax.core.transforms import run as run
+from mi_jax.core.transforms import jit as jit

@@ -39,7 +39,8 @@ class Index(eqx.Module):
     """Where an edit applies. None: everywhere on that axis.
 
     An int or a scalar array is one place, a list or tuple of ints a set of places. For `pos`, an array of shape
-    `[batch]` gives every example its own position. Negative positions, heads and units count from the end.
+    `[batch]` gives every example its own position. Negative positions, heads and units count from the end; layers do
+    not. Edits with stacked indices can be mapped over with `jax.vmap`.
     """
 
     layer: Any = None
@@ -50,11 +51,14 @@ class Index(eqx.Module):
 
     @classmethod
     def of(cls, layer=None, pos=None, head=None, unit=None) -> "Index":
-        def to_array(value):
-            return value if value is None or isinstance(value, Each) else jnp.asarray(value).astype(jnp.int32)
+        """Indices as int32 arrays.
 
-        per_example = hasattr(pos, "ndim") and pos.ndim == 1
-        return cls(to_array(layer), to_array(pos), to_array(head), to_array(unit), per_example)
+        Raises:
+          SiteError: an index that is not an integer, or an empty set, which would edit nothing.
+        """
+        per_example = hasattr(pos, "ndim") and pos.ndim >= 1
+        values = {"layer": layer, "pos": pos, "head": head, "unit": unit}
+        return cls(**{name: _places(name, value) for name, value in values.items()}, per_example=per_example)
 
     def items(self) -> list[tuple[str, Any]]:
         return [(name, value) for name in _INDEX_AXES if (value := getattr(self, name)) is not None]
@@ -62,6 +66,27 @@ class Index(eqx.Module):
     def replace(self, **values) -> "Index":
         merged = {name: getattr(self, name) for name in _INDEX_AXES} | values
         return Index(**merged, per_example=self.per_example and "pos" not in values)
+
+
+def _places(name: str, value) -> Any:
+    if value is None or isinstance(value, Each):
+        return value
+    if isinstance(value, jax.core.Tracer):
+        dtype, size = value.dtype, value.size
+    else:
+        value = np.asarray(value)
+        dtype, size = value.dtype, value.size
+    if not size:
+        raise SiteError(
+            f"an edit with an empty set for {name!r} touches nothing; leave {name!r} out to edit everywhere"
+        )
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise SiteError(f"{name!r} takes ints, an array of ints or mi.each, got {dtype} {value}")
+    if isinstance(value, jax.core.Tracer):
+        return value.astype(jnp.int32)
+    # stays a known number where the edit is made inside a jitted function, so that its range can be checked
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(value, jnp.int32)
 
 
 class Edit(eqx.Module):
@@ -84,32 +109,45 @@ class Edit(eqx.Module):
 
 
 class Patch(Edit):
+    """Replaces the value."""
+
     def new(self, x, operand):
         return operand
 
 
 class Add(Edit):
+    """Adds to the value."""
+
     def new(self, x, operand):
         return x + operand
 
 
 class Scale(Edit):
+    """Multiplies the value."""
+
     def new(self, x, operand):
         return x * operand
 
 
 class AblateMean(Edit):
+    """Replaces the value by its mean over the run, which `apply` passes as the operand."""
+
     def new(self, x, operand):
-        # over examples and positions of this run; a data-set mean is passed as an array and becomes a Patch
-        return jnp.broadcast_to(x.mean((0, 1), keepdims=True), x.shape)
+        return operand
 
 
 class AblateResample(Edit):
+    """Replaces the value by that of another example of the batch; the operand is a key."""
+
     def new(self, x, operand):
-        return jax.random.permutation(operand, x, axis=0)
+        # one random cycle through the batch: a plain permutation would leave some examples as they are
+        order = jax.random.permutation(operand, x.shape[0])
+        return jnp.zeros_like(x).at[order].set(x[jnp.roll(order, 1)])
 
 
 class Transform(Edit):
+    """Replaces the value by a function of it; the operand is the function."""
+
     def new(self, x, operand):
         return operand(x)
 
@@ -140,8 +178,9 @@ def ablate(site: str, *, baseline="zero", layer=None, pos=None, head=None, unit=
     """Removes what a site carries.
 
     Args:
-      baseline: `"zero"`; `"mean"`, the mean over the examples and positions of the run; `"resample"`, the values of
-        another example of the batch (a permutation drawn with `key`); or an array, such as a mean over a data set.
+      baseline: `"zero"`; `"mean"`, the mean over the examples and the real positions of the run (over the examples
+        only, for attention scores and patterns); `"resample"`, the values of another example of the batch, drawn with
+        `key`, the same one at every layer; or an array, such as a mean over a data set.
       key: for `"resample"` only.
 
     Raises:
@@ -185,6 +224,8 @@ def check(edit: Edit, table: SiteTable) -> Edit:
     """
     site, layer = table.resolve(edit.site)
     if layer is not None:
+        if edit.index.layer is not None:
+            raise SiteError(f"{edit.site!r} names its layer; leave layer=… out, or use {site.name!r}")
         edit = edit.placed(layer=jnp.asarray(layer, jnp.int32))
     for name, value in edit.index.items():
         axis = index_axis(site, name)
@@ -207,8 +248,19 @@ def is_stacked(edit: Edit, site: Site) -> bool:
     return site.layered and eqx.is_array(edit.operand) and edit.operand.ndim == len(site.axes)
 
 
-def apply(edit: Edit, operand: Any, x: Array, site: Site, layer: Int[Array, ""] | None) -> Array:
-    """The site's value after one edit; `operand` and `x` belong to one layer."""
+def apply(
+    edit: Edit,
+    operand: Any,
+    x: Array,
+    site: Site,
+    layer: Int[Array, ""] | None,
+    mask: Bool[Array, "batch pos"] | None = None,
+) -> Array:
+    """The site's value after one edit; `operand` and `x` belong to one layer, `mask` is True at real tokens."""
+    if isinstance(edit, AblateMean):
+        operand = _mean(x, site, mask)
+    if isinstance(edit, AblateResample) and x.shape[0] < 2:
+        raise SiteError(f"site {site.name!r}: baseline 'resample' takes another example, the batch has {x.shape[0]}")
     chosen_layer = None if edit.index.layer is None else jnp.any(layer == edit.index.layer)
     if isinstance(edit, Transform) and chosen_layer is not None:
         new = jax.lax.cond(chosen_layer, lambda v: _new_value(edit, operand, v), lambda v: v, x)
@@ -220,6 +272,15 @@ def apply(edit: Edit, operand: Any, x: Array, site: Site, layer: Int[Array, ""] 
     if selected is None:
         return new
     return jnp.where(jnp.broadcast_to(selected, x.shape), new, x)
+
+
+def _mean(x: Array, site: Site, mask: Array | None) -> Array:
+    """Mean over the examples, and over the real positions where the site has one value a position."""
+    if "pos" not in site.slice_axes:
+        return x.mean(0, keepdims=True)
+    weight = jnp.ones(x.shape[:2], x.dtype) if mask is None else mask.astype(x.dtype)
+    total = (x * weight.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))).sum((0, 1), keepdims=True)
+    return total / weight.sum()
 
 
 def _new_value(edit: Edit, operand: Any, x: Array) -> Array:
@@ -238,6 +299,7 @@ def _new_value(edit: Edit, operand: Any, x: Array) -> Array:
 
 
 def index_axis(site: Site, index_name: str) -> str | None:
+    """The axis of a site that an index such as `head` means, None if the site has none."""
     return next((axis for axis in _INDEX_AXES[index_name] if axis in site.axes), None)
 
 
@@ -251,9 +313,9 @@ def _selection(index: Index, x: Array, site: Site) -> Bool[Array, "..."] | None:
             raise SiteError(f"site {site.name!r}: mi.each on {name!r} marks an axis of a sweep; use mi.sweep")
         axis = site.slice_axes.index(index_axis(site, name) or "")
         n = x.shape[axis]
-        _check_places(site, name, value, n)
+        _check_places(site.name, name, value, n)
         places = jnp.where(value < 0, value + n, value)
-        if name == "pos" and index.per_example:
+        if name == "pos" and index.per_example and places.ndim:
             if places.shape[0] != x.shape[0]:
                 raise SiteError(f"site {site.name!r}: {places.shape[0]} positions for a batch of {x.shape[0]}")
             hit, axes = jnp.arange(n, dtype=jnp.int32)[None, :] == places[:, None], (0, axis)
@@ -264,12 +326,23 @@ def _selection(index: Index, x: Array, site: Site) -> Bool[Array, "..."] | None:
     return mask
 
 
-def _check_places(site: Site, name: str, value: Array, n: int) -> None:
+def _check_places(site: str, name: str, value: Array, n: int) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     for one in np.asarray(value).reshape(-1).tolist():
         if not -n <= one < n:
-            raise SiteError(f"site {site.name!r} has {n} places on {name!r} (0–{n - 1}); got {name}={one}")
+            raise SiteError(f"site {site!r} has {n} places on {name!r} (0–{n - 1}); got {name}={one}")
+
+
+def check_positions(tree: Any, n_pos: int) -> None:
+    """Checks the positions of all edits in a pytree against a prompt length, before tracing hides their values.
+
+    Raises:
+      SiteError: a position out of range.
+    """
+    for edit in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Edit)):
+        if isinstance(edit, Edit) and eqx.is_array(edit.index.pos):
+            _check_places(edit.site, "pos", edit.index.pos, n_pos)
 
 
 Taps = Mapping[str, tuple[Edit, ...]]

@@ -39,7 +39,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> Mesh:
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The partition of an array with these logical axes; an axis that its mesh axis does not divide stays whole.
+    """The partition of an array with these logical axes.
+
+    An axis stays whole where the mesh lacks its mesh axis, or where that one does not divide it.
 
     Raises:
       ValueError: an axis name that is not in the table, or a rank that differs from the number of names.
@@ -51,7 +53,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
         if axis is not None and axis not in RULES:
             raise ValueError(f"no rule for axis {axis!r}; there are rules for {', '.join(RULES)}")
         mesh_axis = RULES[axis] if axis is not None else None
-        fits = mesh_axis is not None and mesh_axis not in parts and size % mesh.shape[mesh_axis] == 0
+        fits = mesh_axis in mesh.shape and mesh_axis not in parts and size % mesh.shape[mesh_axis] == 0
         parts.append(mesh_axis if fits else None)
     return PartitionSpec(*parts)
 
@@ -67,4 +69,5 @@ def shard(tree: Tree, axes: Tree, mesh: Mesh) -> Tree:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())

@@ -7,6 +7,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
+from mi_jax.core.errors import InputError
+
 LAYER = "layer"
 
 # TransformerLens names for the tensors that are the same here. `hook_q`/`hook_k` are left out on purpose: there they
@@ -34,7 +38,7 @@ _ALIASES = {
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-class SiteError(ValueError):
+class SiteError(InputError):
     """A site, an index or a value that does not fit the model; the message says what exists."""
 
 
@@ -69,16 +73,24 @@ def at(site: str, layers: int | Sequence[int] | None = None) -> At:
     Example: `mi.capture(model, mi.at("resid_post", layers=(4, 8)))` gives `acts["resid_post"]` of shape
     `[2 batch pos d_model]`, and `layers=4` one of shape `[batch pos d_model]`.
     """
-    return At(site, tuple(layers) if isinstance(layers, Sequence) else layers)
+    if layers is None:
+        return At(site)
+    return At(site, tuple(int(layer) for layer in layers) if np.ndim(layers) else int(layers))
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteTable:
-    """The sites of one model, with the sizes of its axes: `sizes` maps `layer`, `head`, ... to a number."""
+    """The sites of one model.
+
+    Attributes:
+      sizes: axis names such as `layer` and `head`, with their sizes.
+      aliases: further names of sites, of this model only.
+    """
 
     model: str
     sites: tuple[Site, ...]
     sizes: tuple[tuple[str, int], ...]
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def size(self, axis: str) -> int:
         return dict(self.sizes)[axis]
@@ -97,8 +109,8 @@ class SiteTable:
         match = _BLOCK.fullmatch(name)
         if match:
             layer, name = int(match[1]), _ALIASES.get(match[2], name)
-        elif name == "hook_embed":
-            name = "embed"
+        else:
+            name = dict(self.aliases).get(name, name)
         for site in self.sites:
             if site.name == name:
                 if layer is not None:
@@ -112,24 +124,29 @@ class SiteTable:
         if not (0 if axis == LAYER else -n) <= index < n:
             raise SiteError(f"site {site.name!r} of {self.model} has {n} {axis}s (0–{n - 1}); got {axis}={index}")
 
-    def normalise(self, specs: Sequence[str | At]) -> tuple[At, ...]:
+    def normalise(self, specs: str | At | Sequence[str | At]) -> tuple[At, ...]:
         """Checks what is to be captured and returns it with canonical site names.
 
         Raises:
-          SiteError: unknown site, layer out of range, layers of a site that has none, or the same site twice.
+          SiteError: unknown site, layer out of range, no layer, layers of a site that has none, or one site twice.
         """
         out: list[At] = []
+        specs = (specs,) if isinstance(specs, str | At) else specs
         for spec in specs:
             spec = at(spec) if isinstance(spec, str) else spec
             site, layer = self.resolve(spec.site)
             layers = layer if layer is not None else spec.layers
+            if layers == ():
+                raise SiteError(f"site {site.name!r} is asked for at no layer; leave layers=… out for all of them")
             if layers is not None and not site.layered:
                 raise SiteError(f"site {site.name!r} of {self.model} exists once, not per layer; got layers={layers}")
             for one in (layers,) if isinstance(layers, int) else layers or ():
                 self.check_index(site, LAYER, one)
             wanted = At(site.name, layers)
             if any(o.site == site.name and o != wanted for o in out):
-                raise SiteError(f"site {site.name!r} is asked for twice with different layers; ask once for all of them")
+                raise SiteError(
+                    f"site {site.name!r} is asked for twice with different layers; ask once for all of them"
+                )
             if wanted not in out:
                 out.append(wanted)
         return tuple(out)

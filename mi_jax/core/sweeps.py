@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mi_jax.core.edits import Edit, index_axis, check
+from mi_jax.core.edits import Edit, check, index_axis
 from mi_jax.core.sites import LAYER, SiteError
 from mi_jax.core.transforms import SiteModel
 
@@ -29,12 +29,17 @@ class Sweep(eqx.Module):
             axis = index_axis(site, name) or ""
             sizes[name] = tokens.shape[1] if axis in ("pos", "query") else table.size(axis)
         inner = [name for name in axes if name != LAYER]
-        grid = jnp.stack(jnp.meshgrid(*(jnp.arange(sizes[n], dtype=jnp.int32) for n in inner), indexing="ij"), -1) if inner else None
+        grid = (
+            jnp.stack(jnp.meshgrid(*(jnp.arange(sizes[n], dtype=jnp.int32) for n in inner), indexing="ij"), -1)
+            if inner
+            else None
+        )
         cells = jnp.zeros((1, 0), jnp.int32) if grid is None else grid.reshape(-1, len(inner))
 
         resumes = site.layered and LAYER in axes and hasattr(self.model, "resume")
+        before = {name: value for name, value in options.items() if name != "output_pos"}
         # the unpatched stream up to the patched layer is the same in every cell: computed once
-        stream = self.model(tokens, capture=("resid_pre",), output=False)[1]["resid_pre"] if resumes else None
+        stream = self.model(tokens, capture=("resid_pre",), output=False, **before)[1]["resid_pre"] if resumes else None
 
         def cell(layer, places):
             index = dict(zip(inner, places, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from mi_jax.core.edits import Taps, apply, is_stacked
 from mi_jax.core.sites import At, SiteTable
@@ -24,8 +24,17 @@ class Tap:
       seen: the captured values by site name, filled while the model calls the tap.
     """
 
-    def __init__(self, table: SiteTable, taps: Taps, wanted: Sequence[str], rows: Rows, layer: Int[Array, ""] | None):
-        self._table, self._taps, self._wanted, self._rows, self._layer = table, taps, wanted, rows, layer
+    def __init__(
+        self,
+        table: SiteTable,
+        taps: Taps,
+        wanted: Sequence[str],
+        rows: Rows,
+        layer: Int[Array, ""] | None,
+        mask: Bool[Array, "batch pos"] | None = None,
+    ):
+        self._table, self._taps, self._wanted, self._rows = table, taps, wanted, rows
+        self._layer, self._mask = layer, mask
         self.seen: dict[str, Array] = {}
 
     def touches(self, name: str) -> bool:
@@ -37,7 +46,7 @@ class Tap:
         if edits:
             site, _ = self._table.resolve(name)
             for edit, row in zip(edits, self._rows.get(name, (None,) * len(edits)), strict=True):
-                x = apply(edit, edit.operand if row is None else row, x, site, self._layer)
+                x = apply(edit, edit.operand if row is None else row, x, site, self._layer, self._mask)
         if name in self._wanted:
             self.seen[name] = x
         return x

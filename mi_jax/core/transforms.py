@@ -1,15 +1,15 @@
 """`capture` and `intervene`: a model in, a function with the model's own signature out. They nest in any order."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
-from jaxtyping import Array
 
-from mi_jax.core.edits import Edit, Taps, taps
-from mi_jax.core.sites import At, SiteTable
+from mi_jax.core.edits import Edit, Taps, check_positions, taps
+from mi_jax.core.sites import At, SiteError, SiteTable
 
 
+@runtime_checkable
 class SiteModel(Protocol):
     """A pure function from inputs to outputs and to the activations that were asked for.
 
@@ -19,8 +19,9 @@ class SiteModel(Protocol):
     @property
     def site_table(self) -> SiteTable: ...
 
-    def __call__(self, *inputs, taps: Taps | None = None, capture: Sequence[str | At] | None = None, **options) -> Any:
-        ...
+    def __call__(
+        self, *inputs, taps: Taps | None = None, capture: Sequence[str | At] | None = None, **options
+    ) -> Any: ...
 
 
 class Intervened(eqx.Module):
@@ -65,7 +66,7 @@ def intervene(model: SiteModel, *edits: Edit) -> Intervened:
       SiteError: no edits, an unknown site, an index out of range, or a value of the wrong shape.
     """
     if not edits:
-        raise ValueError("intervene needs at least one edit, such as mi.ablate('attn_out', layer=0)")
+        raise SiteError("intervene needs at least one edit, such as mi.ablate('attn_out', layer=0)")
     return Intervened(model, taps(edits, model.site_table))
 
 
@@ -89,9 +90,22 @@ def _compiled(fn, args, options):
     return fn(*args, **options)
 
 
-def run(fn, *args: Array, **options):
-    """Calls a model, or a transform of one, compiled. Models and edits are arguments, not constants.
+def jit(fn: Callable) -> Callable:
+    """A model, or a transform of one, compiled. Its arrays, and those of its edits, are arguments, not constants.
 
-    So another layer, head, position or value, and another model of the same shape, use the same program.
+    So another layer, head, position or value, and another model of the same shape, use the same program; a plain
+    `jax.jit` of the same call would bake all weights into it.
+
+    Example:
+      `logits = mi.jit(mi.intervene(model, mi.ablate("attn.z", layer=5, head=3)))(tokens)`
+
+    Raises:
+      SiteError: in the call, for an edit at a position that the first argument, `[batch pos …]`, does not have.
     """
-    return _compiled(fn, args, options)
+
+    def call(*args, **options):
+        if args and getattr(args[0], "ndim", 0) > 1:
+            check_positions((fn, options), args[0].shape[1])
+        return _compiled(fn, args, options)
+
+    return call

@@ -48,7 +48,9 @@ class SAE(eqx.Module):
     b_dec: Float[Array, " d_model"]
     k: int = eqx.field(static=True)
 
-    def encode_sparse(self, x: Float[Array, "*batch d_model"]) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
+    def encode_sparse(
+        self, x: Float[Array, "*batch d_model"]
+    ) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
         """Values (not negative, largest first) and latent indices of the k codes of every token."""
         values, indices = topk_encode(self._centre(x), self.w_enc, self.b_enc, self.k)
         shape = (*x.shape[:-1], self.k)
@@ -62,7 +64,7 @@ class SAE(eqx.Module):
 
     def decode(self, codes: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_model"]:
         """Reconstruction from dense codes, whatever their sparsity."""
-        return codes @ self.w_dec + self.b_dec
+        return codes @ self.w_dec + jnp.broadcast_to(self.b_dec, (*codes.shape[:-1], self.b_dec.shape[0]))
 
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
         values, indices = topk_encode(self._centre(x), self.w_enc, self.b_enc, self.k)
@@ -75,31 +77,21 @@ class SAE(eqx.Module):
         return x.reshape(-1, d_model) - self.b_dec[None, :]
 
 
-def init(
-    config: SAEConfig,
-    *,
-    key: Array,
-    mean: Float[Array, " d_model"] | None = None,
-    samples: Float[Array, "d_sae d_model"] | None = None,
-) -> SAE:
-    """Decoder rows of unit norm, encoder equal to the decoder, no encoder bias.
+def init(config: SAEConfig, *, key: Array, mean: Float[Array, " d_model"] | None = None) -> SAE:
+    """Random decoder rows of unit norm, encoder equal to the decoder, no encoder bias.
 
     Args:
       config: the dictionary's shape.
       key: draws the directions.
       mean: start of b_dec; zero if not given.
-      samples: activations whose deviations from `mean` become the directions; random directions if not given.
     """
-    shape = (config.d_sae, config.d_model)
-    mean = jnp.zeros(config.d_model) if mean is None else mean
-    if samples is not None and samples.shape != shape:
-        raise ValueError(f"samples must be one activation per latent, {shape}, got {samples.shape}")
-    directions = jax.random.normal(key, shape) if samples is None else samples - mean[None, :]
-    w_dec = unit_rows(directions)
-    return SAE(w_enc=w_dec, b_enc=jnp.zeros(config.d_sae), w_dec=w_dec, b_dec=mean, k=config.k)
+    w_dec = unit_rows(jax.random.normal(key, (config.d_sae, config.d_model)))
+    b_dec = jnp.zeros(config.d_model) if mean is None else mean
+    return SAE(w_enc=w_dec, b_enc=jnp.zeros(config.d_sae), w_dec=w_dec, b_dec=b_dec, k=config.k)
 
 
 def unit_rows(w: Float[Array, "d_sae d_model"]) -> Float[Array, "d_sae d_model"]:
+    """Every row divided by its norm."""
     return w / jnp.maximum(jnp.linalg.norm(w, axis=-1, keepdims=True), 1e-8)
 
 
@@ -142,4 +134,4 @@ def loss(
 def logical_axes(sae: SAE) -> SAE:
     """The same tree with the names of each array's axes, for `mi_jax.core.sharding.shard`."""
     rows = ("d_sae", "d_model")
-    return SAE(w_enc=rows, b_enc=("d_sae",), w_dec=rows, b_dec=("d_model",), k=sae.k)  # pyright: ignore[reportArgumentType]
+    return eqx.tree_at(lambda s: (s.w_enc, s.b_enc, s.w_dec, s.b_dec), sae, (rows, ("d_sae",), rows, ("d_model",)))

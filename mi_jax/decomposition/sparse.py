@@ -5,8 +5,6 @@ a training step is then the encoder's forward pass; the decoder and every gradie
 matrices are stored [d_sae, d_model], so that what is gathered and scattered is contiguous.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,20 +15,21 @@ def scatter_rows(
 ) -> Float[Array, "d_sae d_model"]:
     """Σ over tokens b and places j of `values[b, j] * rows[b]`, added to row `indices[b, j]`: codesᵀ @ rows."""
     empty = jnp.zeros((d_sae, rows.shape[-1]), rows.dtype)
-
-    def one_scatter(values, indices, rows):
-        return empty.at[indices].add(values[:, :, None] * rows[:, None, :])
-
-    def token_by_token(values, indices, rows):
-        def add(total, token):
-            v, i, row = token
-            return total.at[i].add(v[:, None] * row[None, :]), None
-
-        return jax.lax.scan(add, empty, (values, indices, rows))[0]
-
     # XLA's CPU scatter is serial and materialises its [batch, k, d_model] updates; the loop keeps them in cache, and is
     # seven times as fast. An accelerator wants one parallel scatter.
-    return jax.lax.platform_dependent(values, indices, rows, cpu=token_by_token, default=one_scatter)
+    return jax.lax.platform_dependent(empty, values, indices, rows, cpu=_token_by_token, default=_one_scatter)
+
+
+def _one_scatter(total: Array, values: Array, indices: Array, rows: Array) -> Array:
+    return total.at[indices].add(values[:, :, None] * rows[:, None, :])
+
+
+def _token_by_token(total: Array, values: Array, indices: Array, rows: Array) -> Array:
+    def add(total, token):
+        v, i, row = token
+        return total.at[i].add(v[:, None] * row[None, :]), None
+
+    return jax.lax.scan(add, total, (values, indices, rows))[0]
 
 
 def gather_dot(
@@ -95,7 +94,6 @@ def preactivations(
     return jax.lax.stop_gradient(x @ w_enc.T + b_enc[None, :])
 
 
-@partial(jax.jit, static_argnames="k")
 def select(
     h: Float[Array, "batch d_sae"],
     x: Float[Array, "batch d_model"],

@@ -12,9 +12,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
 
-from mi_jax.decomposition.sae import SAE, SAEConfig, init, loss, unit_rows
+from mi_jax.core import sharding
+from mi_jax.decomposition.massive import massive
+from mi_jax.decomposition.sae import SAE, SAEConfig, init, logical_axes, loss, unit_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,37 +27,37 @@ class TrainConfig:
     Attributes:
       steps: optimiser steps in all.
       batch_size: tokens per step.
-      learning_rate: peak of the schedule, for activations of unit mean square.
+      learning_rate: peak of the schedule, for activations of unit variance per dimension.
       warmup_steps: steps of linear rise from zero.
       decay_fraction: last part of the run, over which the rate falls linearly to zero.
       b1, b2: decay rates of Adam's moments.
       dead_after: steps without firing after which a latent counts as dead.
-      steps_per_call: optimiser steps per compiled call, at most.
-      sample_init: decoder rows start at activations, not at random directions.
+      steps_per_call: optimiser steps per compiled call, at most; a call ends with its epoch.
+      massive_ratio: `fit` refuses activations with a norm over this many times the median; None lets them pass.
     """
 
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 2048
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 50
     decay_fraction: float = 0.5
     b1: float = 0.9
     b2: float = 0.999
-    dead_after: int = 100
+    dead_after: int = 50
     steps_per_call: int = 50
-    sample_init: bool = True
-
-
-METRICS = ("loss", "reconstruction", "auxiliary", "l0", "dead_fraction")
+    massive_ratio: float | None = 10.0
 
 
 class TrainState(eqx.Module):
-    """Everything that a step changes; saved and restored, it goes on to the same numbers."""
+    """Everything that a step changes; saved and restored, training goes on to the same numbers."""
 
     sae: SAE
-    optimiser: optax.OptState
+    optimiser: PyTree
     step: Int[Array, ""]
     since_fired: Int[Array, " d_sae"]
+
+
+METRICS = ("loss", "reconstruction", "auxiliary", "l0", "dead_fraction")
 
 
 def optimiser(config: TrainConfig) -> optax.GradientTransformation:
@@ -71,32 +74,32 @@ def optimiser(config: TrainConfig) -> optax.GradientTransformation:
     return optax.adam(schedule, b1=config.b1, b2=config.b2)
 
 
-def trainable(sae: SAE, frozen_decoder: bool) -> SAE:
+def _trainable(sae: SAE, frozen_decoder: bool) -> SAE:
     """A tree of booleans: which arrays the optimiser sees."""
     return eqx.tree_at(lambda s: s.w_dec, jax.tree.map(lambda _: True, sae), not frozen_decoder)
 
 
 def init_state(sae: SAE, config: TrainConfig, *, frozen_decoder: bool = False) -> TrainState:
-    moments = optimiser(config).init(eqx.filter(sae, trainable(sae, frozen_decoder)))
-    zero = jnp.zeros((), jnp.int32)
-    # donated buffers must be distinct, and a fresh dictionary's encoder is its decoder
-    return jax.tree.map(jnp.copy, TrainState(sae, moments, zero, jnp.zeros(sae.b_enc.shape, jnp.int32)))
+    """The state before the first step; it shares no buffer with `sae` and is sharded as `sae` is."""
+    sae = jax.tree.map(jnp.copy, sae)
+    moments = optimiser(config).init(eqx.filter(sae, _trainable(sae, frozen_decoder)))
+    return TrainState(sae, moments, jnp.zeros((), jnp.int32), jnp.zeros_like(sae.b_enc, jnp.int32))
 
 
-def update(state: TrainState, batch: Array, sae_config: SAEConfig, config: TrainConfig, frozen: bool):
-    """One step; returns the new state and a dictionary of scalars."""
-    params, fixed = eqx.partition(state.sae, trainable(state.sae, frozen))
+def _update(state: TrainState, batch: Array, sae_config: SAEConfig, config: TrainConfig, frozen_decoder: bool):
+    params, fixed = eqx.partition(state.sae, _trainable(state.sae, frozen_decoder))
     dead = state.since_fired >= config.dead_after
 
     def objective(params):
         return loss(eqx.combine(params, fixed), batch, dead, sae_config)
 
     (total, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    updates, moments = optimiser(config).update(grads, state.optimiser, params)
-    sae = eqx.combine(optax.apply_updates(params, updates), fixed)
-    if not frozen:
+    # optax raises b1 to the power of an integer count, which strict dtype promotion would refuse
+    with jax.numpy_dtype_promotion("standard"):
+        updates, moments = optimiser(config).update(grads, state.optimiser, params)
+    sae: SAE = eqx.combine(optax.apply_updates(params, updates), fixed)  # pyright: ignore[reportArgumentType]
+    if not frozen_decoder:
         sae = eqx.tree_at(lambda s: s.w_dec, sae, unit_rows(sae.w_dec))
-    since_fired = jnp.where(parts.fired > 0, 0, state.since_fired + 1)
     metrics = {
         "loss": total,
         "reconstruction": parts.reconstruction,
@@ -104,13 +107,28 @@ def update(state: TrainState, batch: Array, sae_config: SAEConfig, config: Train
         "l0": parts.fired.sum() / batch.shape[0],
         "dead_fraction": dead.mean(dtype=batch.dtype),
     }
+    since_fired = jnp.where(parts.fired > 0, 0, state.since_fired + 1)
     return TrainState(sae, moments, state.step + 1, since_fired), metrics
 
 
-train_step = jax.jit(update, static_argnames=("sae_config", "config", "frozen"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("sae_config", "config", "frozen_decoder"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    batch: Float[Array, "batch d_model"],
+    *,
+    sae_config: SAEConfig,
+    config: TrainConfig,
+    frozen_decoder: bool = False,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser step. `state` is donated: its buffers are gone after the call.
+
+    Returns:
+      The new state and the scalars that `METRICS` names. Decoder rows keep unit norm.
+    """
+    return _update(state, batch, sae_config, config, frozen_decoder)
 
 
-@partial(jax.jit, static_argnames=("sae_config", "config", "frozen"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("sae_config", "config", "frozen_decoder"), donate_argnames="state")
 def train_steps(
     state: TrainState,
     activations: Float[Array, "n d_model"],
@@ -120,21 +138,21 @@ def train_steps(
     *,
     sae_config: SAEConfig,
     config: TrainConfig,
-    frozen: bool = False,
+    frozen_decoder: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """`n_steps` steps of the epoch whose order is given, and the mean of their metrics. `n_steps` does not recompile."""
+    """`n_steps` steps within the epoch whose `order` is given, and their mean metrics; any number compiles once."""
     per_epoch = activations.shape[0] // config.batch_size
 
     def body(_, carry):
         state, sums = carry
         start = state.step % per_epoch * config.batch_size
         batch = activations[jax.lax.dynamic_slice_in_dim(order, start, config.batch_size)] * scale
-        state, metrics = update(state, batch, sae_config, config, frozen)
+        state, metrics = _update(state, batch, sae_config, config, frozen_decoder)
         return state, jax.tree.map(jnp.add, sums, metrics)
 
     sums = dict.fromkeys(METRICS, jnp.zeros((), activations.dtype))
     state, sums = jax.lax.fori_loop(0, n_steps, body, (state, sums))
-    return state, jax.tree.map(lambda total: total / n_steps, sums)
+    return state, jax.tree.map(lambda total: total / n_steps.astype(total.dtype), sums)
 
 
 def fit(
@@ -143,51 +161,91 @@ def fit(
     config: TrainConfig,
     *,
     key: Array,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
+    progress: Callable[[TrainState, dict[str, float]], None] | None = None,
     frozen_decoder: bool = False,
+    state: TrainState | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[SAE, list[dict[str, float]]]:
-    """Trains a dictionary; returns it in the units of `activations`, and the metrics of every compiled call."""
-    n, d_model = activations.shape
-    k_init, k_order = jax.random.split(key)
-    k_direction, k_sample = jax.random.split(k_init)
-    mean, scale = normalisation(activations)
-    samples = None
-    if config.sample_init and not frozen_decoder:
-        chosen = jax.random.choice(k_sample, n, (sae_config.d_sae,), replace=n < sae_config.d_sae)
-        samples = activations[chosen] * scale
-    sae = init(sae_config, key=k_direction, mean=mean * scale, samples=samples)
-    sae = match_size(sae, activations[: config.batch_size] * scale)
-    state = init_state(sae, config, frozen_decoder=frozen_decoder)
+    """Trains a dictionary.
 
-    history, per_epoch, step, order = [], n // config.batch_size, 0, None
+    Args:
+      activations: one row per token, in any order; scaled to unit variance inside, the result is in their units.
+      sae_config: the dictionary's shape.
+      config: the schedule.
+      key: draws the start and the order of the tokens.
+      progress: called after every compiled call with the state (save it before returning: the next call reuses its
+        buffers) and the mean metrics of the call.
+      frozen_decoder: leave the directions as they were drawn; the null of `baselines.fit_random_decoder`.
+      state: where to go on from, as `progress` had it, with the same other arguments.
+      mesh: shards the dictionary and the activations by the table of `mi_jax.core.sharding`.
+
+    Returns:
+      The dictionary, and for every compiled call the step it ended at and its mean metrics.
+
+    Raises:
+      ValueError: activations that do not fit the configs, or that hold massive activations.
+    """
+    _check(activations, sae_config, config)
+    k_init, k_order = jax.random.split(key)
+    mean, scale = _normalisation(activations)
+    if mesh is not None:
+        activations = sharding.shard(activations, ("batch", "d_model"), mesh)
+    if state is None:
+        sae = init(sae_config, key=k_init, mean=mean * scale)
+        sae = _match_size(sae, activations[: config.batch_size] * scale)
+        if mesh is not None:
+            sae = sharding.shard(sae, logical_axes(sae), mesh)
+        state = init_state(sae, config, frozen_decoder=frozen_decoder)
+
+    n, step, epoch, history = activations.shape[0], int(state.step), -1, []
+    per_epoch = n // config.batch_size
     while step < config.steps:
-        if order is None or step % per_epoch == 0:
-            order = jax.random.permutation(jax.random.fold_in(k_order, step // per_epoch), n)
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
+            order = jax.random.permutation(jax.random.fold_in(k_order, epoch), n)
         n_steps = min(config.steps_per_call, config.steps - step, per_epoch - step % per_epoch)
         state, metrics = train_steps(
-            state, activations, order, scale, n_steps, sae_config=sae_config, config=config, frozen=frozen_decoder
+            state,
+            activations,
+            order,
+            scale,
+            jnp.asarray(n_steps, jnp.int32),
+            sae_config=sae_config,
+            config=config,
+            frozen_decoder=frozen_decoder,
         )
         step += n_steps
-        history.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
+        history.append({"step": step} | {name: float(metrics[name]) for name in METRICS})
         if progress is not None:
-            progress(step, history[-1])
-    return rescale(state.sae, scale), history
+            progress(state, history[-1])
+    sae = state.sae
+    # TopK is positively homogeneous, so undoing the scale of the input changes the biases only
+    sae = eqx.tree_at(lambda s: (s.b_enc, s.b_dec), sae, (sae.b_enc / scale, sae.b_dec / scale))
+    return sae, history
+
+
+def _check(activations: Array, sae_config: SAEConfig, config: TrainConfig) -> None:
+    n, d_model = activations.shape
+    if d_model != sae_config.d_model:
+        raise ValueError(f"the config says d_model={sae_config.d_model}, the activations have width {d_model}")
+    if n < config.batch_size:
+        raise ValueError(f"{n} activations do not fill one batch of batch_size={config.batch_size}")
+    if config.massive_ratio is not None and (count := int(massive(activations, config.massive_ratio).sum())):
+        raise ValueError(
+            f"{count} of {n} activations have a norm over {config.massive_ratio:g} times the median and would own the "
+            "variance; train on activations[~massive(activations)], or set massive_ratio=None"
+        )
 
 
 @jax.jit
-def normalisation(activations):
+def _normalisation(activations: Array) -> tuple[Array, Array]:
     mean = activations.mean(0)
-    variance = jnp.mean((activations - mean[None, :]) ** 2)
-    return mean, jax.lax.rsqrt(variance)
-
-
-def rescale(sae, scale):
-    return eqx.tree_at(lambda s: (s.b_enc, s.b_dec), sae, (sae.b_enc / scale, sae.b_dec / scale))
+    return mean, jax.lax.rsqrt(jnp.mean((activations - mean[None, :]) ** 2))
 
 
 @jax.jit
-def match_size(sae, x):
+def _match_size(sae: SAE, x: Array) -> SAE:
+    """Scales the encoder so that the first reconstructions have the size that fits `x` best."""
     centred = x - sae.b_dec[None, :]
     guess = sae(x) - sae.b_dec[None, :]
-    factor = (centred * guess).sum() / (guess * guess).sum()
-    return eqx.tree_at(lambda s: s.w_enc, sae, sae.w_enc * factor)
+    return eqx.tree_at(lambda s: s.w_enc, sae, sae.w_enc * ((centred * guess).sum() / (guess * guess).sum()))

@@ -4,7 +4,7 @@ The stream is `x [batch pos d_model]`. A tap is called at every site, `x = tap("
 (a copy of the stream per reader, the output per head) exist only where the tap touches them.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -16,7 +16,10 @@ from mi_jax.models.config import DecoderConfig
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 
+@runtime_checkable
 class SiteTap(Protocol):
+    """What a layer calls at every site; see `mi_jax.core.taps.Tap`."""
+
     def touches(self, name: str) -> bool: ...
     def __call__(self, name: str, x: Array) -> Array: ...
 
@@ -39,6 +42,8 @@ class Norm(eqx.Module):
 
 
 class Attention(eqx.Module):
+    """Projections of every head; grouped key/value heads are shared by consecutive query heads."""
+
     q: Float[Array, "*layer d_model head d_head"]
     k: Float[Array, "*layer d_model kv_head d_head"]
     v: Float[Array, "*layer d_model kv_head d_head"]
@@ -46,6 +51,8 @@ class Attention(eqx.Module):
 
 
 class MLP(eqx.Module):
+    """Linear maps of the MLP; `gate` is None where it is not gated."""
+
     gate: Float[Array, "*layer d_model d_mlp"] | None
     up: Float[Array, "*layer d_model d_mlp"]
     down: Float[Array, "*layer d_mlp d_model"]
@@ -113,7 +120,8 @@ def mlp(
     p: Block, x: Float[Array, "batch pos d_model"], tap: SiteTap, config: DecoderConfig
 ) -> Float[Array, "batch pos d_model"]:
     """What the MLP adds to the stream."""
-    assert p.mlp is not None and p.mlp_norm is not None
+    assert p.mlp is not None
+    assert p.mlp_norm is not None
     h = p.mlp_norm(tap("mlp.in", x))
     act = _ACTIVATIONS[config.activation]
     if p.mlp.gate is None:

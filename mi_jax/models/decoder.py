@@ -50,7 +50,9 @@ def site_table(config: DecoderConfig) -> SiteTable:
         "d_mlp": config.d_mlp,
         "d_vocab": config.d_vocab,
     }
-    return SiteTable(config.name, tuple(Site(n, a) for n, a in axes.items()), tuple(sizes.items()))
+    # the TransformerLens name means the token embedding alone, which a learned table of positions is added to
+    aliases = () if config.positions == "learned" else (("hook_embed", "embed"),)
+    return SiteTable(config.name, tuple(Site(n, a) for n, a in axes.items()), tuple(sizes.items()), aliases)
 
 
 class Decoder(eqx.Module):
@@ -101,17 +103,18 @@ class Decoder(eqx.Module):
             )
         table, taps = self.site_table, taps or {}
         slots = Slots(table.normalise(capture or ()), table)
-        outer = Tap(table, taps, slots.single, {}, None)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        outer = Tap(table, taps, slots.single, {}, None, mask)
         x = self.embed[tokens]
         if self.pos_embed is not None:
             x = x + self.pos_embed[None, : tokens.shape[1]]
         x = outer("embed", x)
-        n_layers = self.config.n_layers if output or set(slots.single) - {"embed"} else slots.last_layer + 1
+        needs_head = output or set(slots.single) - {"embed"}
+        n_layers = self.config.n_layers if needs_head else slots.last_layer + 1
         x, acts = self._scan(x, mask, taps, slots, n_layers)
-        logits = self.head(x, outer, output_pos) if n_layers == self.config.n_layers else None
+        logits = self.head(x, outer, output_pos) if needs_head else None
         if capture is None:
-            return logits
+            return logits if output else None
         return logits if output else None, acts | outer.seen
 
     def _scan(self, x: Array, mask: Array, taps: Taps, slots: Slots, n_layers: int) -> tuple[Array, dict[str, Array]]:
@@ -120,12 +123,11 @@ class Decoder(eqx.Module):
             return x, {}
 
         def layer_step(x, layer, params, rows):
-            tap = Tap(table, taps, slots.layered, rows, layer)
+            tap = Tap(table, taps, slots.layered, rows, layer, mask)
             return block(params, x, tap, self.config, mask), tap.seen
 
-        xs = jax.tree.map(
-            lambda a: a[:n_layers], (jnp.arange(self.config.n_layers, dtype=jnp.int32), self.blocks, stacked_rows(taps, table))
-        )
+        layers = jnp.arange(self.config.n_layers, dtype=jnp.int32)
+        xs = jax.tree.map(lambda a: a[:n_layers], (layers, self.blocks, stacked_rows(taps, table)))
         first = jax.tree.map(lambda a: a[0], xs)
         _, shapes = jax.eval_shape(layer_step, x, *first)
 
@@ -153,17 +155,21 @@ class Decoder(eqx.Module):
         rows = stacked_rows(taps, table)
 
         def body(layer, x):
-            params, row = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), (self.blocks, rows))
-            return block(params, x, Tap(table, taps, (), row, layer), self.config, mask)
+            params, row = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), (self.blocks, rows)
+            )
+            return block(params, x, Tap(table, taps, (), row, layer, mask), self.config, mask)
 
         x = jax.lax.fori_loop(layer, self.config.n_layers, body, x)
-        return self.head(x, Tap(table, taps, (), {}, None), output_pos)
+        return self.head(x, Tap(table, taps, (), {}, None, mask), output_pos)
 
     def head(self, x: Float[Array, "batch pos d_model"], tap: Tap, output_pos: Array | None = None) -> Array:
         """Final norm and unembedding."""
         if output_pos is not None:
             if tap.touches("final_norm") or tap.touches("logits"):
-                raise SiteError("output_pos drops positions: it does not go with edits or captures of the last two sites")
+                raise SiteError(
+                    "output_pos drops positions: it does not go with edits or captures of the last two sites"
+                )
             x = jnp.take_along_axis(x, output_pos[:, None, None], axis=1)
         x = tap("final_norm", self.final_norm(x))
         unembed = self.embed if self.unembed is None else self.unembed
@@ -171,7 +177,7 @@ class Decoder(eqx.Module):
 
 
 def init_decoder(config: DecoderConfig, *, key: PRNGKeyArray, dtype=jnp.float32) -> Decoder:
-    """Random weights, normal with standard deviation `d_model**-0.5`; outputs to the stream scaled by 1/sqrt(2·layers)."""
+    """Random weights, normal with variance 1/fan_in; those that write to the stream are scaled by 1/sqrt(2·layers)."""
     n, d, f, h = config.n_layers, config.d_model, config.d_mlp, config.d_head
     keys = iter(jax.random.split(key, 10))
 

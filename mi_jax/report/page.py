@@ -1,5 +1,6 @@
 """Writes a run as one HTML file that needs nothing but itself."""
 
+import functools
 import json
 from collections.abc import Mapping
 from itertools import groupby
@@ -71,17 +72,22 @@ def render(data: Mapping[str, Any], results: Mapping[str, Any], *, bars: Mapping
     results = _plain(results)
     rows = figures(results, bars)
     by_key = {row.key: row for row in rows}
-    document = _environment().get_template("report.html.j2").render(
-        data=data,
-        run=data.get("run", {}),
-        stages=[(key, name, _seconds(data, key, name)) for key, name in STAGES.items() if key in data],
-        headline=[(by_key[key], name, better) for key, name, better in HEADLINE if _has_value(by_key.get(key))],
-        groups=[(name, list(members)) for name, members in groupby(rows, key=lambda row: row.group)],
-        has_bars=bool(bars),
+    document = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            run=data.get("run", {}),
+            stages=[(key, name, _seconds(data, key, name)) for key, name in STAGES.items() if key in data],
+            headline=[(by_key[key], name, better) for key, name, better in HEADLINE if _has_value(by_key.get(key))],
+            groups=[(name, list(members)) for name, members in groupby(rows, key=lambda row: row.group)],
+            has_bars=bool(bars),
+        )
     )
     return printable(document)
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

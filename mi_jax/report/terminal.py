@@ -40,7 +40,8 @@ def terminal_table(results: Mapping[str, Any], bars: Mapping[str, str] | None = 
             Text(interval(row.low, row.high), style="dim"),
         ]
         if bars:
-            mark = {True: "✓ ", False: "✗ ", None: "  "}[row.met]
-            cells.append(Text(mark + row.bar if row.bar else "", style={True: "green", False: "red"}.get(row.met, "")))
+            mark = "  " if row.met is None else "✓ " if row.met else "✗ "
+            style = "" if row.met is None else "green" if row.met else "red"
+            cells.append(Text(mark + row.bar if row.bar else "", style=style))
         table.add_row(*cells)
     return table

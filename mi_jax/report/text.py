@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from markupsafe import Markup, escape
 
+Real = int | float  # a Python number; what is drawn may be None or NaN, which is_number tells apart
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _CONTROL = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421}
 _VISIBLE = _CONTROL | {ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥", 0xA0: "⍽"}
 _IN_DOCUMENT = {code: mark for code, mark in _CONTROL.items() if chr(code) not in "\n\t"}
@@ -30,11 +33,17 @@ def number(value: Any) -> str:
     elif size == 0:
         text = "0"
     elif size < 0.001 or size >= 1e7:
-        text = f"{size:.1e}"
+        mantissa, exponent = f"{size:.1e}".split("e")
+        text = f"{mantissa}×{power_of_ten(int(exponent))}"
     else:
         digits = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
         text = f"{size:,.{digits}f}"
     return f"−{text}" if value < 0 else text
+
+
+def power_of_ten(exponent: int) -> str:
+    """`10⁻⁴`."""
+    return "10" + str(exponent).translate(_SUPERSCRIPT)
 
 
 def interval(low: Any, high: Any) -> str:
@@ -42,16 +51,16 @@ def interval(low: Any, high: Any) -> str:
     return f"[{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else ""
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[Real]:
     """Whether the value is a finite number that can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def visible(token: Any) -> str:
-    """A token as text in which nothing is invisible: `·` for a space at either end, `⏎` for a newline.
+    r"""A token as text in which nothing is invisible: `·` for a space at either end, `⏎` for a newline.
 
     Example:
-      >>> visible(" Mary"), visible("\\n\\n"), visible("")
+      >>> visible(" Mary"), visible("\n\n"), visible("")
       ('·Mary', '⏎⏎', '∅')
     """
     text = str(token)
@@ -65,7 +74,7 @@ def visible(token: Any) -> str:
     return ("·" * left + core + "·" * right).translate(_VISIBLE)
 
 
-def running_text(tokens: Sequence[Any], activations: Sequence[Any], top: float, focus: int | None = None) -> Markup:
+def running_text(tokens: Sequence[Any], activations: Sequence[Any], top: Any, focus: Any = None) -> Markup:
     """Tokens as running text, each active one highlighted and underlined by its share of `top`.
 
     Tokens that are not active are joined without markup and keep their spaces, which keeps a long report small.

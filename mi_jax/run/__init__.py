@@ -6,6 +6,6 @@ from mi_jax.run.files import WorkdirError as WorkdirError
 from mi_jax.run.progress import RunProgress as RunProgress
 from mi_jax.run.stages import Progress as Progress
 from mi_jax.run.stages import Stage as Stage
-from mi_jax.run.stages import peak_rss_mib as peak_rss_mib
+from mi_jax.run.stages import peak_rss_gb as peak_rss_gb
 from mi_jax.run.stages import run_stages as run_stages
 from mi_jax.run.workdir import Workdir as Workdir

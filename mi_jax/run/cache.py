@@ -18,7 +18,9 @@ def enable_compilation_cache(path: str | os.PathLike | None = None) -> Path | No
     Returns:
       The folder, or None where it cannot be written: the program then runs the same, compiling each time.
     """
-    path = path or jax.config.jax_compilation_cache_dir or _default_folder()
+    # jax defines its settings at run time, where a type checker does not see them.
+    setting = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    path = path or setting or _default_folder()
     folder = Path(path).expanduser()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

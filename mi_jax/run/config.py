@@ -51,6 +51,6 @@ def _to_json(value: Any, field: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
-        f"{field} holds a {type(value).__name__}; a config holds numbers, strings, booleans, None, paths, tuples, lists, "
-        "mappings and dataclasses of these"
+        f"{field} holds a {type(value).__name__}; a config holds numbers, strings, booleans, None, paths, tuples, "
+        "lists, mappings and dataclasses of these"
     )

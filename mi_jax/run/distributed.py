@@ -68,14 +68,15 @@ def _slurm_arguments(environment: Mapping[str, str]) -> dict[str, Any]:
     if gpus == 0:
         return {}
     on_node = int(environment.get("SLURM_GPUS_ON_NODE", gpus))
-    tasks, task = _tasks_on_this_node(environment), int(environment["SLURM_LOCALID"])
-    if tasks > 1 and gpus < on_node:
+    per_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]
+    if gpus < on_node or per_task == str(gpus):
         # SLURM has bound GPUs to tasks, so that this task sees only its own.
         return {"local_device_ids": list(range(gpus))}
+    tasks, task = _tasks_on_this_node(environment), int(environment["SLURM_LOCALID"])
     if gpus % tasks:
         raise ValueError(
-            f"{tasks} tasks on this node cannot share its {gpus} GPUs evenly. Ask for one task per GPU, or one per node, "
-            "or say which GPUs are this task's with JAX_LOCAL_DEVICE_IDS"
+            f"{tasks} tasks on this node cannot share its {gpus} GPUs evenly. Ask for one task per GPU, or one per "
+            "node, or say which GPUs are this task's with JAX_LOCAL_DEVICE_IDS"
         )
     share = gpus // tasks
     return {"local_device_ids": list(range(task * share, (task + 1) * share))}

@@ -8,8 +8,10 @@ from typing import Any
 
 from etils import epath
 
+from mi_jax.core.errors import InputError
 
-class WorkdirError(RuntimeError):
+
+class WorkdirError(InputError):
     """A workdir holds something else than what was asked for, or a file in it is damaged."""
 
 

@@ -53,8 +53,10 @@ def estimate(
         return Estimate(1.0, 0.0)
     stage_seconds = expected[current] * scale
     if fraction > 0:
-        stage_seconds = (1 - fraction) * stage_seconds + fraction * (elapsed / fraction)
-    seconds_left = max((1 - fraction) * stage_seconds if fraction > 0 else stage_seconds - elapsed, 0.0)
+        # (1 - fraction) of the estimate and fraction of `elapsed / fraction`.
+        seconds_left = (1 - fraction) * ((1 - fraction) * stage_seconds + elapsed)
+    else:
+        seconds_left = max(stage_seconds - elapsed, 0.0)
     seconds_left += scale * sum(expected[current + 1 :])
     done_share = sum(expected[:current]) + fraction * expected[current]
     return Estimate(done_share / max(sum(expected), 1e-9), seconds_left)
@@ -96,9 +98,7 @@ class RunProgress:
         self._run_began = self._stage_began = clock()
         self._last_line = float("-inf")
         redraws = self._console.is_terminal and not self._console.is_jupyter
-        self._live = (
-            Live(get_renderable=self._render, console=self._console, refresh_per_second=4) if redraws else None
-        )
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4) if redraws else None
 
     def __enter__(self) -> "RunProgress":
         if self._live:
@@ -160,12 +160,16 @@ class RunProgress:
 
     def _render(self) -> Table:
         now = self._estimate()
-        line = Table.grid(padding=(0, 1))
+        # In a narrow terminal only the note gives way.
+        line = Table.grid(padding=(0, 1), expand=True)
+        for _ in range(4):
+            line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True, ratio=1)
         line.add_row(
-            Text(self._label(), style="bold", no_wrap=True),
-            ProgressBar(total=1.0, completed=now.fraction, width=24),
-            Text(f"{now.fraction:4.0%}", no_wrap=True),
-            Text(self._times(now), no_wrap=True),
-            Text(self._note, style="dim", no_wrap=True, overflow="ellipsis"),
+            Text(self._label(), style="bold"),
+            ProgressBar(total=1.0, completed=now.fraction, width=16),
+            Text(f"{now.fraction:4.0%}"),
+            Text(self._times(now)),
+            Text(self._note, style="dim", overflow="ellipsis"),
         )
         return line

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 from rich.console import Console
@@ -17,6 +17,7 @@ from mi_jax.run.workdir import Workdir
 _SECONDS_BETWEEN_SAVES = 5.0
 
 
+@runtime_checkable
 class Progress(Protocol):
     """How a stage says how far it is: `progress(0.4, "step 400 of 1000")`."""
 
@@ -44,8 +45,8 @@ class Stage:
 def run_stages(workdir: Workdir, stages: Sequence[Stage], *, console: Console | None = None) -> dict[str, dict]:
     """Runs `stages` in order; those that the workdir has are not run again.
 
-    Adds to the results, after every stage: `run.seconds.NAME` and `run.seconds.total`, summed over the runs that it
-    took, an interrupted stage's time included, and `run.peak_rss_mib`, the largest of any of these runs.
+    Adds to the results, after every stage: `run.stage_seconds.NAME` and `run.seconds`, their sum, over the runs that it
+    took, an interrupted stage's time included, and `run.peak_rss_gb` (10⁹ bytes), the largest of any of these runs.
 
     Args:
       workdir: where the stages are kept.
@@ -100,18 +101,18 @@ def _run_stage(workdir: Workdir, stage: Stage, display: RunProgress, costs: "_Co
     workdir.save_stage(stage.name, data or {})
 
 
-def peak_rss_mib() -> float:
-    """The most memory that this process has had resident, in MiB."""
+def peak_rss_gb() -> float:
+    """The most memory that this process has had resident, in GB (10⁹ bytes)."""
     status = epath.Path("/proc/self/status")
     if status.exists():
         # Unlike getrusage's figure, this one is not inherited from the process that started this one.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
+                return int(line.split()[1]) * 1024 / 1e9
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    return (peak if sys.platform == "darwin" else peak * 1024) / 1e9
 
 
 class _Costs:
@@ -121,7 +122,7 @@ class _Costs:
         self._file = workdir.path / "costs.json"
         held = files.read_json(self._file) if self._file.exists() else {}
         self._seconds: dict[str, float] = dict(held.get("seconds", {}))
-        self._peak: float = held.get("peak_rss_mib", 0.0)
+        self._peak: float = held.get("peak_rss_gb", 0.0)
         self._stage = ""
         self._counted_to = time.monotonic()
 
@@ -140,13 +141,13 @@ class _Costs:
             self._save()
 
     def results(self) -> dict[str, float]:
-        seconds = {f"run.seconds.{name}": round(value, 3) for name, value in self._seconds.items()}
+        seconds = {f"run.stage_seconds.{name}": round(value, 3) for name, value in self._seconds.items()}
         total = round(sum(self._seconds.values()), 3)
-        return seconds | {"run.seconds.total": total, "run.peak_rss_mib": round(self._peak, 1)}
+        return seconds | {"run.seconds": total, "run.peak_rss_gb": round(self._peak, 3)}
 
     def _save(self) -> None:
         now = time.monotonic()
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._counted_to
         self._counted_to = now
-        self._peak = max(self._peak, peak_rss_mib())
-        files.write_json(self._file, {"seconds": self._seconds, "peak_rss_mib": self._peak})
+        self._peak = max(self._peak, peak_rss_gb())
+        files.write_json(self._file, {"seconds": self._seconds, "peak_rss_gb": self._peak})

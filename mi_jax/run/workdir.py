@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -31,6 +32,23 @@ Scalar = bool | int | float | str
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _RESULT_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 _WRITTEN_HERE = ("results.json", "metrics.jsonl", "stages", "checkpoints")
+# safetensors writes all of these from numpy arrays, but its own reader for numpy lacks bfloat16.
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "C64": np.complex64,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +185,8 @@ class Workdir:
             if not hasattr(array, "shape") or not hasattr(array, "dtype"):
                 raise ValueError(f"checkpoint {name!r}: {key!r} is a {type(array).__name__}, not an array")
             tensors[key] = np.asarray(array, order="C")
+            if tensors[key].dtype not in _DTYPES.values():
+                raise ValueError(f"checkpoint {name!r}: {key!r} has dtype {tensors[key].dtype}, which has no file form")
         files.write_bytes(self._checkpoint(name), safetensors.numpy.save(tensors))
 
     def load_arrays(self, name: str) -> dict[str, np.ndarray]:
@@ -181,7 +201,8 @@ class Workdir:
             held = sorted(p.stem for p in folder.iterdir() if p.suffix == ".safetensors") if folder.exists() else []
             raise WorkdirError(f"{file} does not exist; the checkpoints are: {', '.join(held) or 'none'}")
         try:
-            return safetensors.numpy.load(file.read_bytes())
+            stored = safetensors.deserialize(file.read_bytes())
+            return {key: _array(entry) for key, entry in stored}
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise WorkdirError(
                 f"{file} is not a whole safetensors file ({error}). Files are written whole here, so it was damaged: "
@@ -199,6 +220,10 @@ class Workdir:
         if not all(_FILE_NAME.fullmatch(part) for part in parts):
             raise ValueError(f"{name!r} is not a file name relative to the workdir, such as 'figures/loss.svg'")
         return self.path.joinpath(*parts)
+
+
+def _array(entry: Mapping[str, Any]) -> np.ndarray:
+    return np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _check_same_run(root: epath.Path, held: Any, experiment: str, asked: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from mi_jax.core.errors import InputError
 from mi_jax.models.block import MLP, Attention, Block, Norm
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder
@@ -21,7 +22,7 @@ from mi_jax.models.decoder import Decoder
 _MAGIC = b"GGUF"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A file that is not the checkpoint it should be; the message names the file and the fault."""
 
 
@@ -35,7 +36,10 @@ class GGUF(eqx.Module):
         """One metadata value. Raises CheckpointError if the file lacks it."""
         if name not in self.reader.fields:
             raise CheckpointError(f"{self.path}: no metadata {name!r}")
-        return self.reader.fields[name].contents()
+        try:
+            return self.reader.fields[name].contents()
+        except (ValueError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{self.path}: damaged metadata {name!r} ({error})") from error
 
     def get(self, name: str, default: Any) -> Any:
         return self.field(name) if name in self.reader.fields else default
@@ -47,7 +51,12 @@ class GGUF(eqx.Module):
         """One tensor as float32, in row-major order: a linear map has shape [out in]."""
         for t in self.reader.tensors:
             if t.name == name:
-                values = dequantize(t.data, t.tensor_type)
+                try:
+                    values = dequantize(t.data, t.tensor_type)
+                except NotImplementedError:
+                    raise CheckpointError(
+                        f"{self.path}: tensor {name!r} has type {t.tensor_type.name}, which is not read"
+                    ) from None
                 return values.astype(np.float32, copy=False).reshape([int(n) for n in reversed(t.shape)])
         raise CheckpointError(f"{self.path}: no tensor {name!r}; it has {', '.join(self.names()[:8])}, …")
 
@@ -92,12 +101,10 @@ def load_gguf(source: str | os.PathLike | GGUF, *, dtype=jnp.float32) -> Decoder
         raise CheckpointError(f"{file.path}: architecture {arch!r} is not read; only 'llama' is")
     config = _config(file)
     d, h = config.d_model, config.d_head
+    _check_names(file, config)
 
     def stack(name: str, shape: Sequence[int]) -> np.ndarray:
-        out = np.empty((config.n_layers, *shape), np.float32)
-        for layer in range(config.n_layers):
-            out[layer] = _shaped(file, f"blk.{layer}.{name}.weight", shape)
-        return out
+        return np.stack([_shaped(file, f"blk.{layer}.{name}.weight", shape) for layer in range(config.n_layers)])
 
     def linear(name: str, n_out: int, n_in: int) -> np.ndarray:
         return stack(name, (n_out, n_in)).swapaxes(1, 2)
@@ -135,11 +142,39 @@ def load_gguf(source: str | os.PathLike | GGUF, *, dtype=jnp.float32) -> Decoder
     )
 
 
+_LAYER_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+_LAYER_TENSORS += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def _check_names(file: GGUF, config: DecoderConfig) -> None:
+    n_layers = len({name.split(".")[1] for name in file.names() if name.startswith("blk.")})
+    if n_layers != config.n_layers:
+        raise CheckpointError(f"{file.path}: the metadata announce {config.n_layers} layers, the tensors are of {n_layers}")
+    # a bias or a table of rotary factors that went unread would make a model that runs and is wrong
+    read = {"token_embd.weight", "output_norm.weight", "output.weight"}
+    read |= {f"blk.{layer}.{name}.weight" for layer in range(config.n_layers) for name in _LAYER_TENSORS}
+    if unread := [name for name in file.names() if name not in read]:
+        raise CheckpointError(f"{file.path}: no place for tensor {unread[0]!r} ({len(unread)} such) in a llama decoder")
+
+
 def _config(file: GGUF) -> DecoderConfig:
-    n_heads, d_model = file.field("llama.attention.head_count"), file.field("llama.embedding_length")
     scaling = file.get("llama.rope.scaling.type", "none")
     if scaling != "none":
         raise CheckpointError(f"{file.path}: rotary scaling {scaling!r} is not read")
+    try:
+        config = _llama_config(file)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file.path}: the metadata do not describe a decoder: {error}") from error
+    turned = file.get("llama.rope.dimension_count", config.d_head)
+    if turned != config.d_head:
+        raise CheckpointError(f"{file.path}: rotary positions on {turned} of {config.d_head} dimensions are not read")
+    return config
+
+
+def _llama_config(file: GGUF) -> DecoderConfig:
+    n_heads, d_model = file.field("llama.attention.head_count"), file.field("llama.embedding_length")
     return DecoderConfig(
         name=file.get("general.name", os.path.basename(file.path)),
         n_layers=file.field("llama.block_count"),

@@ -1,6 +1,9 @@
-"""Charts as functions from plain data to SVG text. Colours come from the page's style sheet, so one SVG serves light
-and dark; every mark carries its value as a title."""
+"""Charts as functions from plain data to SVG text.
 
+Colours come from the page's style sheet, so one SVG serves light and dark; every mark carries its value as a title.
+"""
+
+from mi_jax.report.charts.bars import signed_bars
 from mi_jax.report.charts.effects import effect_strip
 from mi_jax.report.charts.graph import circuit_graph, compare_graphs
 from mi_jax.report.charts.heatmap import heatmap
@@ -19,5 +22,6 @@ __all__ = [
     "histogram",
     "interval_chart",
     "line_chart",
+    "signed_bars",
     "token_strip",
 ]

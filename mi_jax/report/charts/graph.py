@@ -7,9 +7,10 @@ from markupsafe import Markup
 
 from mi_jax.report.charts.layout import Layout, layout
 from mi_jax.report.charts.svg import chart, element, title
-from mi_jax.report.text import is_number, number
+from mi_jax.report.text import Real, is_number, number
 
-_PILL = (42.0, 17.0)  # width and height of a node
+_PILL = (42.0, 17.0)  # width and height of a node with its name inside
+_DOT = (10.0, 12.0)  # the same with its name above it
 _PORT = {"q": -5.0, "k": 0.0, "v": 5.0}
 _FEW_EDGES = 26  # up to so many, each edge is labelled with the input it enters
 
@@ -19,12 +20,11 @@ def circuit_graph(graph: Mapping[str, Any], *, label: str, top: int = 50) -> Mar
     graph = strongest(graph, top)
     if not graph["edges"]:
         return Markup("")
-    wide = layout(graph["nodes"], graph["edges"], reach=2)
-    tall = layout(graph["nodes"], graph["edges"], reach=1)
+    places = layout(graph["nodes"], graph["edges"], reach=2)
     return Markup("").join(
         [
-            _draw(graph, wide, label, upwards=False, across=940.0),
-            _draw(graph, tall, label, upwards=True, across=350.0),
+            _draw(graph, places, label, upwards=False, across=940.0, class_="chart graph wide"),
+            _draw(graph, places, label, upwards=True, across=350.0, class_="chart graph tall"),
         ]
     )
 
@@ -35,8 +35,8 @@ def compare_graphs(true: Mapping[str, Any], found: Mapping[str, Any], *, name: s
     An edge that is absent from `true` is a false positive (×); one that only `true` has is missed (dotted, ○).
     Where an edge already has a `status`, that one is kept.
     """
-    truth = {edge_key(e): e for e in true.get("edges", []) if e.get("status") != "false_positive"}
-    have = {edge_key(e): e for e in found.get("edges", [])}
+    truth = {_key(e): e for e in true.get("edges", []) if e.get("status") != "false_positive"}
+    have = {_key(e): e for e in found.get("edges", [])}
     judged = [
         {**e, "status": e.get("status") or ("true_positive" if key in truth else "false_positive")}
         for key, e in have.items()
@@ -50,8 +50,8 @@ def compare_graphs(true: Mapping[str, Any], found: Mapping[str, Any], *, name: s
     left = {"nodes": nodes, "edges": list(truth.values())}
     right = {"nodes": nodes, "edges": judged}
     return (
-        _draw(left, places, f"{name}: the true circuit", upwards=True, across=350.0, class_="chart graph"),
-        _draw(right, places, f"{name}: the found circuit", upwards=True, across=350.0, class_="chart graph"),
+        _draw(left, places, f"{name}: the true circuit", upwards=True, across=290.0, class_="chart graph"),
+        _draw(right, places, f"{name}: the found circuit", upwards=True, across=290.0, class_="chart graph"),
     )
 
 
@@ -63,7 +63,7 @@ def strongest(graph: Mapping[str, Any], top: int) -> dict[str, list]:
     return {"nodes": nodes, "edges": edges}
 
 
-def edge_key(edge: Mapping[str, Any]) -> tuple[str, str, str]:
+def _key(edge: Mapping[str, Any]) -> tuple[str, str, str]:
     return edge["from"], edge["to"], edge.get("input") or ""
 
 
@@ -76,21 +76,23 @@ def _complete(nodes: list, edges: Sequence[Mapping[str, Any]]) -> list:
     return nodes
 
 
-def _draw(graph, places: Layout, label: str, *, upwards: bool, across: float, class_: str | None = None) -> Markup:
-    width, height = _PILL
+def _draw(graph, places: Layout, label: str, *, upwards: bool, across: Real, class_: str) -> Markup:
     columns, slots = len(places.columns), places.slots
+    width, height = _PILL if upwards else _DOT
     if upwards:
         deep = 30.0 if columns > 8 else 46.0
-        broad = max((across - 46) / slots, width + 6)
-        size = (46 + broad * slots, 24 + deep * columns)
-        at = {n: (40 + broad * (p.slot + 0.5), size[1] - 12 - deep * (p.column + 0.5)) for n, p in places.places.items()}
-        ticks = [(8.0, size[1] - 12 - deep * (c + 0.5) + 3.5) for c in range(columns)]
+        broad = max((across - 40) / slots, width + 6)
+        size = (40 + broad * slots, 24 + deep * columns)
+        at = {
+            n: (36 + broad * (p.slot + 0.5), size[1] - 12 - deep * (p.column + 0.5)) for n, p in places.places.items()
+        }
+        ticks = [(0.0, size[1] - 12 - deep * (c + 0.5) + 3.5) for c in range(columns)]
     else:
-        deep = max((across - 10) / columns, (width + 8) / 2)
-        broad = 24.0
-        size = (10 + deep * columns, max(broad * slots + 44, 180.0))
-        at = {n: (5 + deep * (p.column + 0.5), 16 + broad * (p.slot + 0.5)) for n, p in places.places.items()}
-        ticks = [(5 + deep * (c + 0.5), size[1] - 8) for c in range(columns)]
+        deep = max((across - 40) / max(columns - 1, 1), 21.0)
+        broad = 36.0
+        size = (40 + deep * (columns - 1), broad * slots + 96)
+        at = {n: (20 + deep * p.column, 40 + broad * (p.slot + 0.5)) for n, p in places.places.items()}
+        ticks = [(20 + deep * c, size[1] - 20) for c in range(columns)]
 
     parts = []
     for i, ((x, y), name) in enumerate(zip(ticks, places.columns, strict=True)):
@@ -100,44 +102,45 @@ def _draw(graph, places: Layout, label: str, *, upwards: bool, across: float, cl
     peak = max(scores, default=0.0) or 1.0
     few = len(graph["edges"]) <= _FEW_EDGES
     for edge in sorted(graph["edges"], key=lambda e: abs(e["score"]) if is_number(e.get("score")) else 0.0):
-        parts.append(_edge(edge, at[edge["from"]], at[edge["to"]], peak, upwards=upwards, few=few))
+        parts.append(_edge(edge, at[edge["from"]], at[edge["to"]], peak, (width, height), upwards=upwards, few=few))
     for node in graph["nodes"]:
-        parts.append(_node(node, at[node["name"]]))
-    note = "layer" if upwards else "layer (not to scale)"
-    parts.append(element("text", note, x=8 if upwards else 0, y=10 if upwards else size[1] - 24, class_="name"))
-    if class_ is None:
-        class_ = "chart graph tall" if upwards else "chart graph wide"
+        parts.append(_node(node, at[node["name"]], (width, height), inside=upwards))
+    parts.append(element("text", "layer", x=0 if upwards else 10, y=10 if upwards else size[1] - 4, class_="name"))
     return chart(*size, label, *parts, class_=class_)
 
 
-def _node(node: Mapping[str, Any], at: tuple[float, float]) -> Markup:
-    width, height = _PILL
-    x, y = at
+def _node(node: Mapping[str, Any], at: tuple[float, float], size: tuple[float, float], *, inside: bool) -> Markup:
+    """A shape with its name inside, or above it where columns are too close for a shape as wide as its name."""
+    (x, y), (width, height) = at, size
     name, kind = str(node["name"]), str(node.get("kind", "head"))
-    radius = {"mlp": 2, "input": 8, "logits": 8}.get(kind, 5)
+    radius = {"mlp": 1, "head": 5}.get(kind, 8)
     shown = name if len(name) <= 7 else name[:6] + "…"
     return element(
         "g",
         title(f"{name} ({kind}, layer {node.get('layer')})"),
         element("rect", x=x - width / 2, y=y - height / 2, width=width, height=height, rx=radius),
-        element("text", shown, x=x, y=y + 3.3, class_="mid"),
-        class_=f"node {kind}",
+        element(
+            "text", shown, x=x, y=y + 3.3 if inside else y - height / 2 - 3.5, class_="mid" if inside else "mid halo"
+        ),
+        class_=f"node {kind}" if inside else f"node {kind} dotted",
         data_node=name,
     )
 
 
-def _edge(edge: Mapping[str, Any], start, end, peak: float, *, upwards: bool, few: bool) -> Markup:
-    width, height = _PILL
+def _edge(edge: Mapping[str, Any], start, end, peak: Real, size, *, upwards: bool, few: bool) -> Markup:
+    width, height = size
     score = edge["score"] if is_number(edge.get("score")) else 0.0
     share = min(abs(score) / peak, 1.0)
     port = _PORT.get(str(edge.get("input") or ""), 0.0)
     if upwards:
         x1, y1, x2, y2 = start[0], start[1] - height / 2, end[0] + 1.9 * port, end[1] + height / 2
     else:
-        x1, y1, x2, y2 = start[0] + width / 2, start[1], end[0] - width / 2, end[1] + port
-    # An edge that skips columns in its own slot would run behind the nodes between, so it bows outwards.
+        x1, y1, x2, y2 = start[0] + width / 2, start[1], end[0] - width / 2, end[1] + 0.8 * port
+    # An edge that skips columns near its own slot would run behind the nodes between, so it bows out: edges that raise
+    # the answer to one side, edges that lower it to the other.
     along, aside = (abs(y2 - y1), abs(x2 - x1)) if upwards else (abs(x2 - x1), abs(y2 - y1))
-    bow = min(26.0 + 0.08 * along, 60.0) * (-1 if port <= 0 else 1) if along > 64 and aside < 14 else 0.0
+    near = 60.0 if upwards else 44.0
+    bow = min(24.0 + 0.1 * along, 64.0) * (1 if score < 0 else -1) if along > 64 and aside < near else 0.0
     reach = max(along * 0.45, 10.0)
     if upwards:
         c1, c2 = (x1 + bow, y1 - reach), (x2 + bow, y2 + reach)

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mi_jax.report.charts.svg import WIDTH, chart, element, tick_text, title
+from mi_jax.report.charts.svg import WIDTH, chart, element, text_width, title
 from mi_jax.report.text import is_number, number, visible
 
 
@@ -25,7 +25,8 @@ def heatmap(
     if not layers or not positions:
         return Markup("")
     names = [visible(p) for p in positions]
-    left, top = 30.0, 34.0
+    key, key_height = _key(values, quantity)
+    left, top = 30.0, key_height + 18.0
     cell_w = min((WIDTH - left - 4) / len(names), 34.0)
     cell_h = max(min(17.0, 380 / len(layers)), 7.0)
     bottom = top + cell_h * len(layers)
@@ -33,10 +34,11 @@ def heatmap(
     peak = max((abs(v) for row in values for v in row if is_number(v)), default=0.0)
     scale = peak or 1.0
 
-    parts, strongest = [_key(scale, quantity)], Markup("")
+    parts, strongest = [key], Markup("")
+    step = max(1, round(len(layers) / 10))
     for i, (layer, row) in enumerate(zip(layers, values, strict=True)):
         y = bottom - (i + 1) * cell_h
-        if i % max(1, round(len(layers) / 10)) == 0 or i == len(layers) - 1:
+        if i % step == 0:
             parts.append(element("text", layer, x=left - 6, y=y + cell_h / 2 + 3.5, class_="tick end"))
         for j, value in enumerate(row):
             x = left + j * cell_w
@@ -65,19 +67,27 @@ def heatmap(
     return chart(WIDTH, bottom + room, label, *parts)
 
 
-def _key(scale: float, quantity: str) -> Markup:
-    """Five swatches from the most negative to the most positive, with their values."""
-    width, steps = 22.0, (-1.0, -0.5, 0.0, 0.5, 1.0)
-    left = WIDTH - 4 - width * len(steps) - 34
-    parts = [element("text", quantity, x=left - 38, y=11, class_="name end")]
-    for i, share in enumerate(steps):
+def _key(values: Sequence[Sequence[Any]], quantity: str) -> tuple[Markup, float]:
+    """Swatches from the most negative to the most positive with their values, and the height that they take."""
+    finite = [v for row in values for v in row if is_number(v)]
+    scale = max((abs(v) for v in finite), default=0.0) or 1.0
+    shares = (-1.0, -0.5, 0.0, 0.5, 1.0) if min(finite, default=0.0) < 0 else (0.0, 0.25, 0.5, 0.75, 1.0)
+    low, high = number(shares[0] * scale), number(scale)
+    width = 22.0
+    right = WIDTH - 6 - text_width(high, 10.5)
+    left = right - width * len(shares)
+    end_of_low = left - 4
+    room = end_of_low - text_width(low, 10.5) - 8
+    y = 0.0 if text_width(quantity, 10.5) <= room else 16.0
+    parts = [element("text", quantity, x=0, y=11, class_="name")]
+    for i, share in enumerate(shares):
         x = left + i * width
         sign = "neg" if share < 0 else "pos"
         opacity = 0.05 + 0.95 * abs(share)
-        parts.append(element("rect", x=x, y=3, width=width - 1, height=9, class_=f"swatch {sign}", fill_opacity=opacity))
+        box = {"x": x, "y": y + 3, "width": width - 1, "height": 9}
+        parts.append(element("rect", **box, class_=f"swatch {sign}", fill_opacity=opacity))
         if share < 0:
-            parts.append(element("line", x1=x + 7, x2=x + width - 8, y1=7.5, y2=7.5, class_="minus"))
-    edge = number(round(scale, 3)) if scale >= 0.001 else tick_text(scale)
-    parts.append(element("text", f"−{edge}", x=left - 4, y=11, class_="tick end"))
-    parts.append(element("text", edge, x=left + width * len(steps) + 3, y=11, class_="tick"))
-    return Markup("").join(parts)
+            parts.append(element("line", x1=x + 7, x2=x + width - 8, y1=y + 7.5, y2=y + 7.5, class_="minus"))
+    parts.append(element("text", low, x=end_of_low, y=y + 11, class_="tick end"))
+    parts.append(element("text", high, x=right + 3, y=y + 11, class_="tick"))
+    return Markup("").join(parts), y + 16.0

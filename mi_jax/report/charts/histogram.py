@@ -8,26 +8,28 @@ from typing import Any
 from markupsafe import Markup
 
 from mi_jax.report.charts.svg import WIDTH, Scale, axes, chart, element, title
-from mi_jax.report.text import is_number, number
+from mi_jax.report.text import Real, is_number, number
 
 _MOST_BINS = 40
 
 
 def histogram(
-    edges: Sequence[float], counts: Sequence[float], *, label: str, x_label: str, y_label: str, mark: Any = None
+    edges: Sequence[Real], counts: Sequence[Real | None], *, label: str, x_label: str, y_label: str
 ) -> Markup:
-    """Bars between consecutive edges; `mark` is an optional (value, text) vertical line.
+    """Bars between consecutive edges.
 
     Raises:
-      ValueError: there is not one edge more than there are counts.
+      ValueError: there is not one edge more than there are counts, or an edge is not finite.
     """
     if len(edges) != len(counts) + 1:
         raise ValueError(f"a histogram of {len(counts)} counts needs {len(counts) + 1} edges, got {len(edges)}")
+    if not all(is_number(edge) for edge in edges):
+        raise ValueError(f"the edges of a histogram must be finite numbers, got {edges}")
     if not counts:
         return Markup("")
-    height = 220.0
+    height = 230.0
     x = Scale(float(edges[0]), float(edges[-1]), 40, WIDTH - 8)
-    y = Scale(0.0, float(max([c for c in counts if is_number(c)], default=1)) or 1.0, height - 38, 28)
+    y = Scale(0.0, float(max([c for c in counts if is_number(c)], default=1)) or 1.0, height - 38, 30)
     parts = [axes(x, y, x_label, y_label)]
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         if not is_number(count):
@@ -37,17 +39,10 @@ def histogram(
         parts.append(
             element("rect", text, x=x(low) + 0.5, y=y(count), width=width, height=y.start - y(count), class_="bar")
         )
-    if mark is not None:
-        at = x(mark[0])
-        parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="mark"))
-        flip = at > WIDTH * 0.6
-        parts.append(
-            element("text", mark[1], x=at + (-5 if flip else 5), y=y.end + 9, class_="tick end" if flip else "tick")
-        )
     return chart(WIDTH, height, label, *parts)
 
 
-def count_integers(values: Sequence[Any]) -> tuple[list[float], list[int]]:
+def count_integers(values: Sequence[Any]) -> tuple[list[Real], list[int]]:
     """Edges and counts of bins centred on whole numbers, a bin for each until there are more than 40."""
     whole = [round(v) for v in values if is_number(v)]
     if not whole:

@@ -48,7 +48,7 @@ def layout(nodes: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, Any]
         weight = abs(edge.get("score") or 0.0) + 1e-6
         neighbours[edge["from"]].append((edge["to"], weight))
         neighbours[edge["to"]].append((edge["from"], weight))
-    slot = {name: middle for name in column}
+    slot = dict.fromkeys(column, middle)
     for m in members:
         for i, name in enumerate(m):
             slot[name] = middle + (i - (len(m) - 1) / 2)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from mi_jax.report.charts.svg import WIDTH, Scale, axes, chart, element, extent, text_width, title
-from mi_jax.report.text import is_number, number
+from mi_jax.report.charts.svg import WIDTH, Scale, axes, chart, element, extent, text_width, title, with_interval
+from mi_jax.report.text import Real, is_number, number
 
 _TITLED_POINTS = 60
 
@@ -16,10 +16,10 @@ class Series:
     """One line; `low` and `high` are the edges of its band. A null control is drawn dashed."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    x: Sequence[Real | None]
+    y: Sequence[Real | None]
+    low: Sequence[Real | None] = ()
+    high: Sequence[Real | None] = ()
     null: bool = False
 
 
@@ -29,10 +29,10 @@ def line_chart(
     label: str,
     x_label: str,
     y_label: str,
-    y_include: Sequence[float] = (),
+    y_include: Sequence[Real] = (),
     log_x: bool = False,
-    mark: tuple[float, str] | None = None,
-    height: float = 240,
+    mark: tuple[Real, str] | None = None,
+    height: Real = 230,
 ) -> Markup:
     """Lines with optional bands; `mark` is a named vertical line. Points that are not finite interrupt a line.
 
@@ -47,17 +47,17 @@ def line_chart(
     x_low, x_high = extent(xs)
     y_low, y_high = extent(ys, include=y_include)
     keys, legend_rows = _legend(series)
-    top = 18 + 16 * legend_rows + 12
+    top = 30 + 16 * legend_rows + (14 if mark else 0)
     x = Scale(max(x_low, 1e-9) if log_x else x_low, x_high, 40, WIDTH - 8, log=log_x)
     y = Scale(y_low, y_high, height - 38, top)
 
-    parts = [keys, axes(x, y, x_label, y_label)]
+    parts = [keys, axes(x, y, x_label, y_label, lift=24 if mark else 10)]
     if mark is not None:
         at = x(mark[0])
-        anchor = "end" if at > WIDTH / 2 else ""
         parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="mark"))
-        offset = -5 if anchor else 5
-        parts.append(element("text", mark[1], x=at + offset, y=y.end + 9, class_=f"tick {anchor}".strip()))
+        half = text_width(mark[1], 10.5) / 2
+        middle = min(max(at, x.start + half), x.end - half)
+        parts.append(element("text", mark[1], x=middle, y=y.end - 5, class_="tick mid"))
     for index, s in enumerate(series):
         parts.append(_band(s, index, x, y))
     for index, s in enumerate(series):
@@ -71,7 +71,7 @@ def _class(s: Series, index: int) -> str:
     return "series null" if s.null else f"series s{min(index, 2)}"
 
 
-def _path(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
+def _path(xs: Sequence[Real | None], ys: Sequence[Real | None], x: Scale, y: Scale) -> str:
     words, pen_down = [], False
     for a, b in zip(xs, ys, strict=True):
         if not (is_number(a) and is_number(b)) or (x.log and a <= 0):
@@ -100,17 +100,14 @@ def _band(s: Series, index: int, x: Scale, y: Scale) -> Markup:
 def _points(s: Series, x: Scale, y: Scale, x_label: str) -> Markup:
     stride = max(1, len(s.x) // _TITLED_POINTS)
     parts = []
+    banded = len(s.low) == len(s.x) == len(s.high)
     for i in range(0, len(s.x), stride):
-        if not (is_number(s.x[i]) and is_number(s.y[i])) or (x.log and s.x[i] <= 0):
+        a, b = s.x[i], s.y[i]
+        if not is_number(a) or not is_number(b) or (x.log and a <= 0):
             continue
-        text = f"{s.name}: {number(s.y[i])}"
-        if len(s.low) == len(s.x) == len(s.high):
-            text += f" [{number(s.low[i])}, {number(s.high[i])}]"
-        parts.append(
-            element(
-                "circle", title(f"{text} at {x_label} {number(s.x[i])}"), cx=x(s.x[i]), cy=y(s.y[i]), r=5, class_="hit"
-            )
-        )
+        text = with_interval(b, s.low[i], s.high[i]) if banded else number(b)
+        text = title(f"{s.name}: {text} at {x_label} {number(a)}")
+        parts.append(element("circle", text, cx=x(a), cy=y(b), r=5, class_="hit"))
     return Markup("").join(parts)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 from markupsafe import Markup
 
 from mi_jax.report.charts.svg import element, extent
-from mi_jax.report.text import is_number, number, visible
+from mi_jax.report.text import Real, is_number, number, visible
 
 _EVENTS = (("trigger", "▲", "trigger"), ("alarm", "●", "alarm"), ("forbidden", "■", "forbidden"))
 
 
-def token_strip(stream: Mapping[str, Any], threshold: Any = None, *, limits: tuple[float, float] | None = None) -> Markup:
+def token_strip(stream: Mapping[str, Any], threshold: Any = None, *, limits: tuple[Real, Real] | None = None) -> Markup:
     """Each token stands under a column as high as its score; the dashed line is the threshold.
 
     The columns are part of the text, so the strip wraps like text on any width. Trigger, alarm and forbidden token
@@ -47,5 +47,5 @@ def token_strip(stream: Mapping[str, Any], threshold: Any = None, *, limits: tup
     return element("div", *cells, class_="strip" if share is not None else "strip bare", style=style)
 
 
-def _share(score: Any, low: float, high: float) -> float:
+def _share(score: Any, low: Real, high: Real) -> Real:
     return min(max((score - low) / (high - low), 0.0), 1.0) if is_number(score) and high > low else 0.0

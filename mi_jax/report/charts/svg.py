@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from mi_jax.report.text import is_number, number
+from mi_jax.report.text import Real, is_number, number, power_of_ten
 
 WIDTH = 360  # about the content width of a phone, so that a chart is drawn there at its own size
 
@@ -32,16 +32,17 @@ def _attribute(value: Any) -> str:
 
 
 def title(text: str) -> Markup:
+    """What a mark says when it is pointed at."""
     return element("title", text)
 
 
-def chart(width: float, height: float, label: str, *children: Any, class_: str = "chart") -> Markup:
+def chart(width: Real, height: Real, label: str, *children: Any, class_: str = "chart") -> Markup:
     """The outer SVG of a chart, with `label` for readers that cannot see it."""
     box = f"0 0 {_attribute(float(width))} {_attribute(float(height))}"
     return element("svg", title(label), *children, viewBox=box, role="img", aria_label=label, class_=class_)
 
 
-def text_width(text: str, size: float = 11.0) -> float:
+def text_width(text: str, size: Real = 11.0) -> Real:
     """An upper estimate of the width of a sans-serif text; SVG made without a browser cannot measure it."""
     return 0.58 * size * len(text)
 
@@ -50,19 +51,19 @@ def text_width(text: str, size: float = 11.0) -> float:
 class Scale:
     """A linear or logarithmic map from data in [low, high] to pixels in [start, end]."""
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Real
+    high: Real
+    start: Real
+    end: Real
     log: bool = False
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Real) -> Real:
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         value = math.log10(max(value, self.low)) if self.log else value
         share = (value - low) / (high - low) if high > low else 0.5
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
-    def ticks(self, count: int = 4) -> list[float]:
+    def ticks(self, count: int = 4) -> list[Real]:
         """Round values inside the scale, about `count` of them."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
@@ -78,15 +79,21 @@ class Scale:
         return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def tick_text(value: float) -> str:
-    """A tick label: short, without trailing zeros."""
+def tick_text(value: Real) -> str:
+    """A tick label: short, without trailing zeros; powers of ten as such.
+
+    Example:
+      >>> tick_text(0.5), tick_text(-2.0), tick_text(1e4), tick_text(2e-5)
+      ('0.5', '−2', '10⁴', '2×10⁻⁵')
+    """
     if value != 0 and (abs(value) >= 10000 or abs(value) < 0.001):
         mantissa, exponent = f"{value:.0e}".split("e")
-        return (f"10^{int(exponent)}" if mantissa == "1" else f"{mantissa}e{int(exponent)}").replace("-", "−")
+        power = power_of_ten(int(exponent))
+        return power if mantissa == "1" else f"{mantissa}×{power}".replace("-", "−")
     return f"{value:.6g}".replace("-", "−")
 
 
-def extent(values: Iterable[Any], include: Sequence[Any] = (), pad: float = 0.0) -> tuple[float, float]:
+def extent(values: Iterable[Any], include: Sequence[Any] = (), pad: Real = 0.0) -> tuple[float, float]:
     """The range of the finite values and of `include`; (0, 1) where there are none, and never empty."""
     finite = [float(v) for v in (*values, *include) if is_number(v)]
     if not finite:
@@ -98,18 +105,18 @@ def extent(values: Iterable[Any], include: Sequence[Any] = (), pad: float = 0.0)
     return low - pad * (high - low), high + pad * (high - low)
 
 
-def axes(x: Scale, y: Scale, x_label: str, y_label: str, x_ticks: Sequence[float] | None = None) -> Markup:
-    """Horizontal grid lines, tick labels on both axes, and the axes' names."""
+def axes(x: Scale, y: Scale, x_label: str, y_label: str, *, lift: Real = 10) -> Markup:
+    """Horizontal grid lines, tick labels on both axes, and the axes' names; that of y is `lift` above the top."""
     parts = []
     for value in y.ticks():
         parts.append(element("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid"))
         parts.append(element("text", tick_text(value), x=x.start - 6, y=y(value) + 3.5, class_="tick end"))
-    for value in x.ticks(5) if x_ticks is None else x_ticks:
+    for value in x.ticks(5):
         parts.append(element("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="axis"))
         parts.append(element("text", tick_text(value), x=x(value), y=y.start + 16, class_="tick mid"))
     parts.append(element("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
     parts.append(element("text", x_label, x=(x.start + x.end) / 2, y=y.start + 32, class_="name mid"))
-    parts.append(element("text", y_label, x=0, y=y.end - 10, class_="name"))
+    parts.append(element("text", y_label, x=0, y=y.end - lift, class_="name"))
     return Markup("").join(parts)
 
 
@@ -118,4 +125,4 @@ def with_interval(value: Any, low: Any = None, high: Any = None, null: Any = Non
     text = number(value)
     if is_number(low) and is_number(high):
         text += f" [{number(low)}, {number(high)}]"
-    return text if null is None else f"{text}, null {number(null)}"
+    return text if not is_number(null) else f"{text}, null {number(null)}"

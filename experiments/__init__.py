@@ -1,0 +1,1 @@
+"""Experiments: `python -m experiments.NAME --workdir=DIR --config.field=value`."""

@@ -1,0 +1,1 @@
+"""One command from a raw language model through all six stages to a report; see `experiments.pipeline.__main__`."""

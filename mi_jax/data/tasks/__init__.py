@@ -1,0 +1,6 @@
+"""Behaviours as code: prompts, counterfactuals and the metric."""
+
+from mi_jax.data.tasks.agreement import Agreement as Agreement
+from mi_jax.data.tasks.agreement import subject_verb_agreement as subject_verb_agreement
+from mi_jax.data.tasks.ioi import indirect_object_identification as indirect_object_identification
+from mi_jax.data.tasks.repeats import repeated_tokens as repeated_tokens

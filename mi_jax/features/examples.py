@@ -1,0 +1,92 @@
+"""Contexts from the whole range of a latent's activations, and the tokens that it promotes and suppresses."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from mi_jax.decomposition.sae import SAE
+from mi_jax.features.codes import Codes
+from mi_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A window of text around one activation; `focus` is its index in the window."""
+
+    tokens: tuple[int, ...]
+    activations: tuple[float, ...]
+    focus: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decile:
+    """Examples whose activation lies in one tenth of the positive activations; 10 holds the strongest."""
+
+    decile: int
+    low: float
+    high: float
+    examples: tuple[Example, ...]
+
+
+def deciles(
+    activations: Float[np.ndarray, "context pos"], codes: Codes, *, per_decile: int, window: int, seed: int
+) -> list[Decile]:
+    """Random examples from every decile of the positive activations, the weakest as well as the strongest.
+
+    Args:
+      activations: of one latent, from `codes`.
+      window: tokens shown on either side.
+    """
+    places = np.argwhere(activations > 0)
+    strength = activations[places[:, 0], places[:, 1]]
+    order = np.argsort(strength, kind="stable")
+    rng = np.random.default_rng(seed)
+    out = []
+    for d, part in enumerate(np.array_split(order, 10), 1):
+        if not len(part):
+            continue
+        chosen = rng.choice(part, min(per_decile, len(part)), replace=False)
+        examples = tuple(_example(activations, codes, int(c), int(p), window) for c, p in places[chosen])
+        out.append(Decile(d, float(strength[part[0]]), float(strength[part[-1]]), examples))
+    return out
+
+
+def _example(activations: np.ndarray, codes: Codes, context: int, pos: int, window: int) -> Example:
+    start, stop = max(0, pos - window), min(codes.tokens.shape[1], pos + window // 2 + 1)
+    return Example(
+        tuple(codes.tokens[context, start:stop].tolist()),
+        tuple(np.round(activations[context, start:stop], 3).tolist()),
+        int(pos - start),
+    )
+
+
+def token_effects(model: Decoder, sae: SAE, latent: int, *, n: int) -> tuple[list, list]:
+    """The n tokens whose logits a latent's direction raises most, and the n it lowers most, as (token, effect).
+
+    The direct effect: the decoder row through the final norm's weight and the unembedding, relative to the mean over
+    the vocabulary, for a stream of unit root mean square. What later layers make of it is not in it.
+    """
+    direction = sae.w_dec[latent]
+    if model.final_norm.weight is not None:
+        direction = direction * model.final_norm.weight
+    logits = np.asarray((model.embed if model.unembed is None else model.unembed) @ direction)
+    logits = logits - logits.mean()
+    order = np.argsort(logits)
+    return (
+        [(int(i), float(logits[i])) for i in order[::-1][:n]],
+        [(int(i), float(logits[i])) for i in order[:n]],
+    )
+
+
+def encode_contexts(sae: SAE, stream: Float[np.ndarray, "context pos d_model"], tokens: np.ndarray) -> Codes:
+    """Codes of a captured stream, in chunks; position 0 is set to zero."""
+    values, indices = [], []
+    for start in range(0, len(stream), 64):
+        v, i = sae.encode_sparse(jnp.asarray(stream[start : start + 64]))
+        values.append(np.array(v))
+        indices.append(np.array(i))
+    all_values = np.concatenate(values)
+    all_values[:, 0] = 0
+    return Codes(tokens, all_values, np.concatenate(indices))

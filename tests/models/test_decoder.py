@@ -1,0 +1,165 @@
+"""The decoder against its equations in numpy, padding, partial forwards, resuming, and its errors."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mi_jax as mi
+from tests.models.numpy_decoder import numpy_sites
+from tests.models.tiny import CONFIGS, prompts, tiny
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_site_equals_the_equations_in_numpy(name):
+    model, tokens = tiny(name), prompts(3)
+    logits, acts = mi.jit(mi.capture(model, *model.site_table.names))(tokens)
+    expected = [numpy_sites(model, row) for row in np.asarray(tokens)]
+    assert set(acts) == set(expected[0])
+    for site, value in acts.items():
+        batch_axis = int(value.ndim > 3 or site in ("resid_pre", "resid_post"))
+        reference = np.stack([e[site] for e in expected], 0 if site in ("embed", "final_norm", "logits") else batch_axis)
+        if site == "attn.scores":
+            value, reference = jnp.maximum(value, -1e9), np.maximum(reference, -1e9)
+        np.testing.assert_allclose(value, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=site)
+    np.testing.assert_array_equal(logits, acts["logits"])
+
+
+class _TowardsOtherExample(eqx.Module):
+    """Moves an activation towards that of the other example."""
+
+    strength: jax.Array
+
+    def __call__(self, x):
+        return x + self.strength.astype(x.dtype) * (jnp.roll(x, 1, 0) - x)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_site_is_read_again_by_the_model(name):
+    """Putting back what was captured changes nothing; putting back something else changes the logits."""
+    model, tokens = tiny(name), prompts(3)
+    sites = model.site_table.names
+    logits, acts = mi.jit(mi.capture(model, *sites))(tokens)
+
+    put_back = mi.jit(mi.intervene(model, *[mi.patch(site, acts) for site in sites]))(tokens)
+    np.testing.assert_allclose(put_back, logits, atol=TOLERANCE)
+    for chosen in sites:
+        # an edit at every site, all but one of strength 0, so that one program serves all
+        strengths = {site: jnp.asarray(float(site == chosen), jnp.float32) for site in sites}
+        edits = [mi.transform(site, _TowardsOtherExample(strength)) for site, strength in strengths.items()]
+        moved = mi.jit(mi.intervene(model, *edits))(tokens)
+        assert float(jnp.abs(moved - logits).max()) > 1e-3, chosen
+
+
+def _compiled_logits(name):
+    return eqx.filter_jit(lambda tokens, mask: tiny(name)(tokens, mask))
+
+
+_PADDED = {name: _compiled_logits(name) for name in ("llama", "gpt2")}
+
+
+@pytest.mark.parametrize("name", _PADDED)
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.tuples(*[st.integers(1, 6)] * 3), pad=st.integers(0, 12), seed=st.integers(0, 99))
+def test_padded_equals_unpadded(name, lengths, pad, seed):
+    rows = np.asarray(prompts(seed, 3, 6))
+    mask = np.arange(6)[None, :] < np.asarray(lengths)[:, None]
+    logits = _PADDED[name](jnp.asarray(np.where(mask, rows, pad), jnp.int32), jnp.asarray(mask))
+    full = _PADDED[name](jnp.asarray(rows), jnp.ones((3, 6), bool))
+    # causal: the logits of a prefix are the prefix of the logits
+    np.testing.assert_allclose(np.asarray(logits)[mask], np.asarray(full)[mask], atol=TOLERANCE)
+    for row, n in enumerate(lengths):
+        reference = numpy_sites(tiny(name), rows[row, :n])["logits"]
+        np.testing.assert_allclose(logits[row, :n], reference, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_masked_token_in_the_middle_is_not_read():
+    model, tokens = tiny(), prompts(4, 1)
+    mask = jnp.array([[True, False, True, True, True]])
+    _, acts = mi.jit(mi.capture(model, "attn.pattern"))(tokens, mask)
+    assert float(acts["attn.pattern"][..., 1].max()) == 0.0
+    np.testing.assert_allclose(acts["attn.pattern"].sum(-1), 1.0, atol=TOLERANCE)
+
+
+def test_output_pos_is_the_same_rows_of_the_logits():
+    model, tokens = tiny(), prompts(5)
+    logits = mi.jit(model)(tokens)
+    some = mi.jit(model)(tokens, output_pos=jnp.array([1, 4], jnp.int32))
+    np.testing.assert_allclose(some[:, 0], jnp.stack([logits[0, 1], logits[1, 4]]), atol=TOLERANCE)
+    from_the_end = mi.jit(model)(tokens, output_pos=jnp.array([-1, -4], jnp.int32))
+    np.testing.assert_allclose(from_the_end[:, 0], jnp.stack([logits[0, 4], logits[1, 1]]), atol=TOLERANCE)
+    with pytest.raises(mi.SiteError, match="output_pos drops positions"):
+        mi.capture(model, "final_norm")(tokens, output_pos=jnp.array([1, 4], jnp.int32))
+
+
+def test_resume_equals_the_whole_forward():
+    model, tokens = tiny(), prompts(6)
+    logits, acts = mi.jit(mi.capture(model, "resid_pre"))(tokens)
+    resume = jax.jit(lambda x, layer: model.resume(x, layer))
+    for layer in range(model.config.n_layers):
+        np.testing.assert_allclose(resume(acts["resid_pre"][layer], jnp.int32(layer)), logits, atol=TOLERANCE)
+
+
+def _scan_lengths(fn, *args) -> list[int]:
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+
+
+def test_without_output_only_the_layers_that_are_needed_run():
+    model, tokens = tiny(), prompts(7)
+
+    def lengths(*specs, output=False):
+        return _scan_lengths(lambda t: mi.capture(model, *specs)(t, output=output)[1], tokens)
+
+    assert lengths("embed") == []
+    assert lengths(mi.at("resid_post", layers=0)) == [1]
+    assert lengths(mi.at("resid_post", layers=(1, 0)), "embed") == [2]
+    assert lengths("resid_pre") == [3]
+    assert lengths("final_norm") == [3]
+    assert lengths(mi.at("resid_post", layers=0), output=True) == [3]
+    products = str(jax.make_jaxpr(lambda t: mi.capture(model, "resid_post")(t, output=False)[1])(tokens))
+    assert f"2,5,{model.config.d_vocab}]" not in products
+
+
+def test_output_false_returns_none_and_the_same_activations():
+    model, tokens = tiny(), prompts(7)
+    wanted = mi.capture(model, mi.at("resid_post", layers=1), "embed")
+    _, with_output = mi.jit(wanted)(tokens)
+    output, without = mi.jit(wanted)(tokens, output=False)
+    assert output is None
+    assert set(without) == {"resid_post", "embed"}
+    for name, value in without.items():
+        np.testing.assert_allclose(value, with_output[name], atol=TOLERANCE)
+
+
+def test_low_precision_weights_run():
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny())
+    logits = mi.jit(model)(prompts(8))
+    assert logits.dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits.astype(jnp.float32), mi.jit(tiny())(prompts(8)), atol=0.3)
+
+
+def test_a_prompt_longer_than_the_context_is_named():
+    with pytest.raises(ValueError, match="the prompt has 13 tokens, the context of llama-like is 12"):
+        tiny()(prompts(0, 1, 13))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
+        ({"n_kv_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"d_head": 5}, "rotary positions need an even d_head, got 5"),
+        ({"d_mlp": -1}, "d_mlp must be at least 0, got -1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIGS["llama"], **change)
