@@ -17,6 +17,9 @@ from experiments.pipeline.features import features
 from experiments.pipeline.raw_model import raw_model
 from experiments.pipeline.subject import Outcome, Subject, load_subject
 from experiments.pipeline.validation import validation
+from mi_jax.core.errors import InputError
+from mi_jax.data import read_documents
+from mi_jax.models import open_gguf, read_config, smollm2_path
 from mi_jax.report import terminal_table, write_report
 from mi_jax.run import Progress, Stage, Workdir, run_stages
 
@@ -83,6 +86,25 @@ class Run:
         return function
 
 
+def check_inputs(config: PipelineConfig) -> None:
+    """Finds what cannot work before anything is written.
+
+    Raises:
+      CheckpointError, TextError: the model's file or the text cannot be used.
+      InputError: a layer that the model lacks, or contexts longer than it takes.
+    """
+    shape = read_config(open_gguf(config.gguf or smollm2_path()))
+    if config.text:
+        read_documents(config.text)
+    if not 0 <= config.layer < shape.n_layers - 1:
+        raise InputError(
+            f"config.layer={config.layer}: {shape.name} has layers 0–{shape.n_layers - 1}, and the dictionary needs one "
+            "after its own"
+        )
+    if not 2 <= config.context <= shape.n_ctx:
+        raise InputError(f"config.context={config.context}: {shape.name} takes 2 to {shape.n_ctx} tokens")
+
+
 def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | None = None) -> dict[str, Any]:
     """Runs what the workdir does not have yet, writes report.html, prints the table; returns the results.
 
@@ -91,6 +113,7 @@ def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | Non
       CheckpointError, TextError: see `load_subject` and `capture_streams`.
     """
     config = config.resolved()
+    check_inputs(config)
     console = console or Console(highlight=False)
     folder = Workdir.open(workdir, config, experiment="pipeline")
     figures = run_stages(folder, Run(folder, config).stages(), console=console)

@@ -257,6 +257,8 @@ def apply(
     mask: Bool[Array, "batch pos"] | None = None,
 ) -> Array:
     """The site's value after one edit; `operand` and `x` belong to one layer, `mask` is True at real tokens."""
+    for name in edit.each_axes():
+        raise SiteError(f"site {site.name!r}: mi.each on {name!r} marks an axis of a sweep; use mi.sweep")
     if isinstance(edit, AblateMean):
         operand = _mean(x, site, mask)
     if isinstance(edit, AblateResample) and x.shape[0] < 2:
@@ -309,8 +311,6 @@ def _selection(index: Index, x: Array, site: Site) -> Bool[Array, "..."] | None:
     for name, value in index.items():
         if name == "layer":
             continue
-        if isinstance(value, Each):
-            raise SiteError(f"site {site.name!r}: mi.each on {name!r} marks an axis of a sweep; use mi.sweep")
         axis = site.slice_axes.index(index_axis(site, name) or "")
         n = x.shape[axis]
         _check_places(site.name, name, value, n)

@@ -67,7 +67,7 @@ class At:
     layers: int | tuple[int, ...] | None = None
 
 
-def at(site: str, layers: int | Sequence[int] | None = None) -> At:
+def at(site: str, layers: int | np.integer | np.ndarray | Sequence[int] | None = None) -> At:
     """Asks for a site at some layers only; memory is proportional to what is asked.
 
     Example: `mi.capture(model, mi.at("resid_post", layers=(4, 8)))` gives `acts["resid_post"]` of shape

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mi_jax.decomposition.sae import SAE, SAEConfig
-from mi_jax.decomposition.train import TrainConfig, fit
+from mi_jax.decomposition.train import TrainConfig, TrainState, fit
 
 
 class PCA(eqx.Module):
@@ -55,7 +55,7 @@ def fit_random_decoder(
     config: TrainConfig,
     *,
     key: Array,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
+    progress: Callable[[TrainState, dict[str, float]], None] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[SAE, list[dict[str, float]]]:
     """A dictionary of the same size whose random unit directions are never trained; the encoder and biases are.

@@ -28,8 +28,8 @@ class SAEConfig:
     d_model: int
     d_sae: int
     k: int
-    k_aux: int = 32
-    aux_coefficient: float = 1 / 32
+    k_aux: int = 64
+    aux_coefficient: float = 0.2
 
     def __post_init__(self):
         for name in ("d_model", "d_sae", "k", "k_aux"):

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 
 from mi_jax.core import sharding
@@ -37,13 +37,13 @@ class TrainConfig:
     """
 
     steps: int = 800
-    batch_size: int = 2048
-    learning_rate: float = 3e-3
+    batch_size: int = 1024
+    learning_rate: float = 2.5e-3
     warmup_steps: int = 50
     decay_fraction: float = 0.5
     b1: float = 0.9
-    b2: float = 0.999
-    dead_after: int = 50
+    b2: float = 0.99
+    dead_after: int = 20
     steps_per_call: int = 50
     massive_ratio: float | None = 10.0
 
@@ -97,7 +97,7 @@ def _update(state: TrainState, batch: Array, sae_config: SAEConfig, config: Trai
     # optax raises b1 to the power of an integer count, which strict dtype promotion would refuse
     with jax.numpy_dtype_promotion("standard"):
         updates, moments = optimiser(config).update(grads, state.optimiser, params)
-    sae: SAE = eqx.combine(optax.apply_updates(params, updates), fixed)  # pyright: ignore[reportArgumentType]
+    sae = eqx.combine(eqx.apply_updates(params, updates), fixed)
     if not frozen_decoder:
         sae = eqx.tree_at(lambda s: s.w_dec, sae, unit_rows(sae.w_dec))
     metrics = {
@@ -128,7 +128,7 @@ def train_step(
     return _update(state, batch, sae_config, config, frozen_decoder)
 
 
-@partial(jax.jit, static_argnames=("sae_config", "config", "frozen_decoder"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("sae_config", "config", "frozen_decoder", "mesh"), donate_argnames="state")
 def train_steps(
     state: TrainState,
     activations: Float[Array, "n d_model"],
@@ -139,6 +139,7 @@ def train_steps(
     sae_config: SAEConfig,
     config: TrainConfig,
     frozen_decoder: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """`n_steps` steps within the epoch whose `order` is given, and their mean metrics; any number compiles once."""
     per_epoch = activations.shape[0] // config.batch_size
@@ -147,6 +148,8 @@ def train_steps(
         state, sums = carry
         start = state.step % per_epoch * config.batch_size
         batch = activations[jax.lax.dynamic_slice_in_dim(order, start, config.batch_size)] * scale
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, _batch_sharding(batch, mesh))
         state, metrics = _update(state, batch, sae_config, config, frozen_decoder)
         return state, jax.tree.map(jnp.add, sums, metrics)
 
@@ -187,25 +190,27 @@ def fit(
     """
     _check(activations, sae_config, config)
     k_init, k_order = jax.random.split(key)
-    mean, scale = _normalisation(activations)
     if mesh is not None:
-        activations = sharding.shard(activations, ("batch", "d_model"), mesh)
-    if state is None:
+        activations = jax.device_put(activations, _batch_sharding(activations, mesh))
+    mean, scale = _normalisation(activations)
+    if state is not None:
+        current: TrainState = jax.tree.map(jnp.copy, state)
+    else:
         sae = init(sae_config, key=k_init, mean=mean * scale)
         sae = _match_size(sae, activations[: config.batch_size] * scale)
         if mesh is not None:
             sae = sharding.shard(sae, logical_axes(sae), mesh)
-        state = init_state(sae, config, frozen_decoder=frozen_decoder)
+        current = init_state(sae, config, frozen_decoder=frozen_decoder)
 
-    n, step, epoch, history = activations.shape[0], int(state.step), -1, []
+    n, step, order, history = activations.shape[0], int(current.step), None, []
     per_epoch = n // config.batch_size
     while step < config.steps:
-        if epoch != step // per_epoch:
+        if order is None or step % per_epoch == 0:
             epoch = step // per_epoch
             order = jax.random.permutation(jax.random.fold_in(k_order, epoch), n)
         n_steps = min(config.steps_per_call, config.steps - step, per_epoch - step % per_epoch)
-        state, metrics = train_steps(
-            state,
+        current, metrics = train_steps(
+            current,
             activations,
             order,
             scale,
@@ -213,12 +218,13 @@ def fit(
             sae_config=sae_config,
             config=config,
             frozen_decoder=frozen_decoder,
+            mesh=mesh,
         )
         step += n_steps
         history.append({"step": step} | {name: float(metrics[name]) for name in METRICS})
         if progress is not None:
-            progress(state, history[-1])
-    sae = state.sae
+            progress(current, history[-1])
+    sae = current.sae
     # TopK is positively homogeneous, so undoing the scale of the input changes the biases only
     sae = eqx.tree_at(lambda s: (s.b_enc, s.b_dec), sae, (sae.b_enc / scale, sae.b_dec / scale))
     return sae, history
@@ -235,6 +241,10 @@ def _check(activations: Array, sae_config: SAEConfig, config: TrainConfig) -> No
             f"{count} of {n} activations have a norm over {config.massive_ratio:g} times the median and would own the "
             "variance; train on activations[~massive(activations)], or set massive_ratio=None"
         )
+
+
+def _batch_sharding(x: Array, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, sharding.spec(("batch", "d_model"), x.shape, mesh))
 
 
 @jax.jit

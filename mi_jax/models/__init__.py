@@ -4,6 +4,7 @@ from mi_jax.models.checkpoints.gguf import GGUF as GGUF
 from mi_jax.models.checkpoints.gguf import CheckpointError as CheckpointError
 from mi_jax.models.checkpoints.gguf import load_gguf as load_gguf
 from mi_jax.models.checkpoints.gguf import open_gguf as open_gguf
+from mi_jax.models.checkpoints.gguf import read_config as read_config
 from mi_jax.models.config import DecoderConfig as DecoderConfig
 from mi_jax.models.decoder import Decoder as Decoder
 from mi_jax.models.decoder import init_decoder as init_decoder

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mi_jax.core.edits import Taps
+from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, Site, SiteError, SiteTable
 from mi_jax.core.taps import Slots, Tap, stacked_rows
 from mi_jax.models.block import MLP, Attention, Block, Norm, block
@@ -93,11 +94,11 @@ class Decoder(eqx.Module):
           logits `[batch pos d_vocab]`, or `(logits, {site: array})` when `capture` is not None.
 
         Raises:
-          ValueError: a prompt longer than the context.
+          InputError: a prompt longer than the context.
           SiteError: an unknown site, or an edit that does not fit.
         """
         if tokens.shape[1] > self.config.n_ctx:
-            raise ValueError(
+            raise InputError(
                 f"the prompt has {tokens.shape[1]} tokens, the context of {self.config.name} is {self.config.n_ctx}; "
                 "shorten it or split it"
             )

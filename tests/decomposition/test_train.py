@@ -99,6 +99,16 @@ def test_mesh_of_eight_equals_one_device(planted):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_fit_on_a_mesh_equals_one_device(planted):
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    config = TrainConfig(steps=3, batch_size=16, steps_per_call=2)
+    x = planted[0][:50] / 40
+    (one, _), (many, _) = (fit(x, SAE_CONFIG, config, key=jax.random.key(0), mesh=m) for m in (None, mesh))
+    assert not many.w_dec.sharding.is_fully_replicated
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_massive_activations_are_refused(planted):
     x = planted[0].at[7].multiply(1000.0)
     np.testing.assert_array_equal(jnp.flatnonzero(massive(x)), [7])

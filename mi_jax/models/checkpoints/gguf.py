@@ -99,7 +99,7 @@ def load_gguf(source: str | os.PathLike | GGUF, *, dtype=jnp.float32) -> Decoder
     arch = file.field("general.architecture")
     if arch != "llama":
         raise CheckpointError(f"{file.path}: architecture {arch!r} is not read; only 'llama' is")
-    config = _config(file)
+    config = read_config(file)
     d, h = config.d_model, config.d_head
     _check_names(file, config)
 
@@ -157,7 +157,12 @@ def _check_names(file: GGUF, config: DecoderConfig) -> None:
         raise CheckpointError(f"{file.path}: no place for tensor {unread[0]!r} ({len(unread)} such) in a llama decoder")
 
 
-def _config(file: GGUF) -> DecoderConfig:
+def read_config(file: GGUF) -> DecoderConfig:
+    """The shape of the decoder in a file.
+
+    Raises:
+      CheckpointError: metadata are missing, or ask for what the decoder cannot do.
+    """
     scaling = file.get("llama.rope.scaling.type", "none")
     if scaling != "none":
         raise CheckpointError(f"{file.path}: rotary scaling {scaling!r} is not read")
