@@ -21,7 +21,7 @@ class Circuit:
     Attributes:
       scores: of all edges, `[source reader]`.
       mask: the edges of the circuit, those on no path from input to logits removed.
-      faithfulness: of the chosen edges, on the pairs they were chosen with; measure it again on others.
+      faithfulness: of exactly these edges, on the pairs they were chosen with; measure it again on others.
     """
 
     graph: Graph
@@ -59,8 +59,12 @@ def discover(
     grid = range(1, graph.n_edges + 1) if graph.n_edges <= 256 else sorted(set(sizes(graph, _GRID)))
     for n, f in _faithfulness_by_size(model, task, scores, list(grid)):
         if abs(1 - f) <= 1 - target + 1e-6:
-            return Circuit(graph, method, scores, graph.prune(top_edges(scores, graph, n)), f)
+            return Circuit(graph, method, scores, _circuit(scores, graph, n), f)
     raise AssertionError("the whole graph has faithfulness 1")
+
+
+def _circuit(scores: np.ndarray, graph: Graph, n: int) -> np.ndarray:
+    return graph.prune(top_edges(scores, graph, n))
 
 
 def _faithfulness_by_size(model: Decoder, task: Task, scores: np.ndarray, grid: list[int]):
@@ -69,5 +73,5 @@ def _faithfulness_by_size(model: Decoder, task: Task, scores: np.ndarray, grid: 
     for start in range(0, len(grid), chunk):
         ns = grid[start : start + chunk]
         padded = ns + ns[-1:] * (chunk - len(ns))
-        values = faithfulness(model, task, [top_edges(scores, graph, n) for n in padded])
+        values = faithfulness(model, task, [_circuit(scores, graph, n) for n in padded])
         yield from zip(ns, values.tolist(), strict=False)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import embedded, masked_forward, source_outputs
-from mi_jax.core.edits import Add, Edit, Index, Patch
+from mi_jax.core.edits import Add, Edit, Patch
+from mi_jax.core.index import Index
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 

@@ -5,10 +5,10 @@ from mi_jax.core.conformance import check_sites as check_sites
 from mi_jax.core.edits import Edit as Edit
 from mi_jax.core.edits import ablate as ablate
 from mi_jax.core.edits import add as add
-from mi_jax.core.edits import each as each
 from mi_jax.core.edits import patch as patch
 from mi_jax.core.edits import scale as scale
 from mi_jax.core.edits import transform as transform
+from mi_jax.core.index import each as each
 from mi_jax.core.sites import At as At
 from mi_jax.core.sites import Site as Site
 from mi_jax.core.sites import SiteError as SiteError

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mi_jax.core.edits import Edit, check, index_axis
+from mi_jax.core.apply import check
+from mi_jax.core.edits import Edit
+from mi_jax.core.index import index_axis
 from mi_jax.core.sites import LAYER, SiteError
 from mi_jax.core.transforms import SiteModel
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from mi_jax.core.edits import Taps, apply, is_stacked
+from mi_jax.core.apply import Taps, apply, is_stacked
 from mi_jax.core.sites import At, SiteTable
 
 Rows = dict[str, tuple[Any, ...]]

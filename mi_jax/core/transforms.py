@@ -5,7 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 
-from mi_jax.core.edits import Edit, Taps, check_positions, taps
+from mi_jax.core.apply import Taps, check_positions, taps
+from mi_jax.core.edits import Edit
 from mi_jax.core.sites import At, SiteError, SiteTable
 
 

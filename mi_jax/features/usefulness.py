@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mi_jax.core.edits import Index, Patch
+from mi_jax.core.edits import Patch
+from mi_jax.core.index import Index
 from mi_jax.decomposition.sae import SAE
 from mi_jax.models.decoder import Decoder
 

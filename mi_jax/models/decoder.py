@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mi_jax.core.edits import Taps
+from mi_jax.core.apply import Taps
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, Site, SiteError, SiteTable
 from mi_jax.core.taps import Slots, Tap, stacked_rows

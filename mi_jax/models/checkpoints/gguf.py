@@ -149,7 +149,9 @@ _LAYER_TENSORS += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 def _check_names(file: GGUF, config: DecoderConfig) -> None:
     n_layers = len({name.split(".")[1] for name in file.names() if name.startswith("blk.")})
     if n_layers != config.n_layers:
-        raise CheckpointError(f"{file.path}: the metadata announce {config.n_layers} layers, the tensors are of {n_layers}")
+        raise CheckpointError(
+            f"{file.path}: {config.n_layers} layers announced, tensors of {n_layers} there"
+        )
     # a bias or a table of rotary factors that went unread would make a model that runs and is wrong
     read = {"token_embd.weight", "output_norm.weight", "output.weight"}
     read |= {f"blk.{layer}.{name}.weight" for layer in range(config.n_layers) for name in _LAYER_TENSORS}

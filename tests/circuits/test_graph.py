@@ -1,0 +1,114 @@
+"""Counts, names and pruning of the computational graph."""
+
+import numpy as np
+import pytest
+
+from mi_jax.circuits import Graph
+from tests.circuits.tiny_task import ATTENTION_ONLY, CONFIG
+
+GRAPH = Graph.of(CONFIG)
+
+
+def test_gpt2_small_has_the_published_number_of_edges():
+    graph = Graph(12, 12, 12, True)
+    assert (graph.n_sources, graph.n_readers, graph.n_edges) == (157, 445, 32491)
+    assert len(graph.sources) == len(set(graph.sources)) == 157
+    assert len(graph.readers) == len(set(graph.readers)) == 445
+
+
+@pytest.mark.parametrize(
+    "graph", [Graph(1, 1, 1, False), Graph(3, 4, 2, True), Graph(2, 6, 1, False), Graph(30, 9, 3, True)], ids=str
+)
+def test_counts_follow_from_the_shape(graph):
+    expected, before = 0, 1
+    for _ in range(graph.n_layers):
+        expected += before * (graph.n_heads + 2 * graph.n_kv_heads)
+        before += graph.n_heads
+        if graph.has_mlp:
+            expected += before
+            before += 1
+    assert graph.n_edges == expected + before
+    assert graph.edges.shape == (len(graph.sources), len(graph.readers)) == (graph.n_sources, graph.n_readers)
+
+
+def test_edges_go_forward_only():
+    exists = {
+        "input->a0.h0<q>": True,
+        "input->logits": True,
+        "a0.h1->m0": True,
+        "m0->a1.h0<v>": True,
+        "a1.h0->logits": True,
+        "a0.h0->a0.h1<q>": False,
+        "m0->m0": False,
+        "m0->a0.h0<k>": False,
+        "a1.h0->m0": False,
+    }
+    names = set(GRAPH.names(GRAPH.edges))
+    assert {name: name in names for name in exists} == exists
+    assert len(names) == GRAPH.n_edges
+    # one key/value head for the two query heads
+    assert "input->a0.h1<q>" in names
+    assert "input->a0.h1<k>" not in names
+    assert not any(name.startswith("m") for name in Graph.of(ATTENTION_ONLY).sources)
+
+
+def test_names_round_trip():
+    names = GRAPH.names(GRAPH.edges)
+    np.testing.assert_array_equal(GRAPH.mask(names), GRAPH.edges)
+    for name in names:
+        assert GRAPH.names(GRAPH.mask([name])) == [name]
+    for unknown in ("m0->a0.h0<q>", "input->a7.h0<q>", "nonsense", "input->a0.h1<v>"):
+        with pytest.raises(ValueError, match=f"no edge '{unknown}'; edges look like"):
+            GRAPH.index(unknown)
+
+
+def pruned(*edges, graph=GRAPH):
+    return set(graph.names(graph.prune(graph.mask(edges))))
+
+
+def test_a_path_is_kept_and_what_leads_nowhere_is_not():
+    path = {"input->a0.h0<v>", "a0.h0->m1", "m1->logits"}
+    assert pruned(*path) == path
+    assert pruned(*path, "input->m0", "a0.h1->logits", "m0->a1.h0<q>") == path
+    assert pruned(*(path - {"m1->logits"})) == set()
+    assert pruned(*(path - {"input->a0.h0<v>"})) == set()
+    assert pruned("input->logits") == {"input->logits"}
+    assert pruned() == set()
+
+
+def test_a_head_that_is_reached_by_queries_and_keys_only_is_dropped():
+    looking = {"input->a1.h0<q>", "input->a1.h0<k>", "a1.h0->logits"}
+    assert pruned(*looking) == set()
+    assert pruned(*looking, "input->a1.h0<v>") == looking | {"input->a1.h0<v>"}
+    # a head that only another head's query reads, which carries nothing itself
+    chain = {"input->a0.h0<v>", "a0.h0->a1.h0<q>", "a1.h0->logits"}
+    assert pruned(*chain) == set()
+    assert pruned(*chain, "input->a1.h0<v>") == chain | {"input->a1.h0<v>"}
+
+
+def test_grouped_heads_share_the_edges_of_their_key_value_head():
+    both = {"input->a0.h0<v>", "a0.h0->logits", "a0.h1->logits"}
+    assert pruned(*both) == both
+    graph = Graph(1, 4, 2, False)
+    assert pruned("input->a0.h1<v>", "a0.h1->logits", graph=graph) == set()
+    first = {"input->a0.h0<v>", "a0.h1->logits"}
+    assert pruned(*first, "a0.h2->logits", graph=graph) == first
+
+
+def test_pruning_removes_cascades_keeps_the_whole_graph_and_is_idempotent():
+    np.testing.assert_array_equal(GRAPH.prune(GRAPH.edges), GRAPH.edges)
+    rng = np.random.default_rng(0)
+    for density in (0.1, 0.3, 0.6):
+        once = GRAPH.prune(GRAPH.edges & (rng.random(GRAPH.edges.shape) < density))
+        np.testing.assert_array_equal(GRAPH.prune(once), once)
+
+
+def test_json_has_the_nodes_and_scores_of_the_edges():
+    scores = np.arange(GRAPH.edges.size, dtype=float).reshape(GRAPH.edges.shape)
+    mask = GRAPH.mask(["input->a0.h0<v>", "a0.h0->m1", "m1->logits"])
+    found = GRAPH.to_json(mask, scores)
+    assert [node["name"] for node in found["nodes"]] == ["input", "a0.h0", "m1", "logits"]
+    assert [node["kind"] for node in found["nodes"]] == ["input", "head", "mlp", "logits"]
+    assert [node["layer"] for node in found["nodes"]] == [-1, 0, 1, 2]
+    assert [edge["input"] for edge in found["edges"]] == ["v", "mlp", "logits"]
+    assert found["edges"][1]["score"] == scores[GRAPH.index("a0.h0->m1")]

