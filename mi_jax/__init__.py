@@ -7,6 +7,7 @@ from mi_jax.core import ablate as ablate
 from mi_jax.core import add as add
 from mi_jax.core import at as at
 from mi_jax.core import capture as capture
+from mi_jax.core import check_sites as check_sites
 from mi_jax.core import each as each
 from mi_jax.core import intervene as intervene
 from mi_jax.core import jit as jit

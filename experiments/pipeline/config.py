@@ -22,7 +22,8 @@ class PipelineConfig:
       ig_steps: points of the integral of edge attribution.
       random_circuits: seeds of the random control.
       organism_steps: training steps of the organism.
-      monitor_sequences: sequences that the monitor is tested on.
+      monitor_sequences: sequences that the monitor is fitted on, calibrated on and tested on, each.
+      label_permutations: refits with permuted labels.
     """
 
     smoke: bool = False
@@ -41,10 +42,23 @@ class PipelineConfig:
     circuit_prompts: int = 16
     ig_steps: int = 5
     random_circuits: int = 3
+    organism_steps: int = 1000
+    monitor_sequences: int = 4000
+    label_permutations: int = 20
 
     def resolved(self) -> "PipelineConfig":
         """The config with the sizes of a smoke run, if it is one."""
         if not self.smoke:
             return self
         small = {"prompts": 8, "held_out": 0.3, "d_sae": 256, "k": 8, "sae_steps": 20, "sae_batch": 256}
-        return dataclasses.replace(self, **small, features=4, circuit_prompts=4, ig_steps=1, random_circuits=1)
+        return dataclasses.replace(
+            self,
+            **small,
+            features=4,
+            circuit_prompts=4,
+            ig_steps=1,
+            random_circuits=1,
+            organism_steps=50,
+            monitor_sequences=400,
+            label_permutations=2,
+        )

@@ -119,12 +119,14 @@ def check_sites(
     checked = []
     for equation, (needed, sides) in _IDENTITIES.items():
         if all(name in acts for name in needed):
-            _compare(table.model, equation, *sides(acts, real), tolerance)
+            left, right = sides(acts, real)
+            _compare(table.model, equation, left, right, tolerance)
             checked.append(equation)
     equation = _stream_identity(table.names)
     terms = equation.removeprefix("resid_post == ").split(" + ")
     if "resid_post" in acts and all(term in acts for term in terms):
-        _compare(table.model, equation, acts["resid_post"], sum(acts[term] for term in terms), tolerance)
+        total = np.sum([acts[term] for term in terms], axis=0)
+        _compare(table.model, equation, acts["resid_post"], total, tolerance)
         checked.append(equation)
     return checked
 

@@ -51,7 +51,7 @@ class Index(eqx.Module):
         Raises:
           SiteError: an index that is not an integer, or an empty set, which would edit nothing.
         """
-        per_example = hasattr(pos, "ndim") and pos.ndim >= 1
+        per_example = getattr(pos, "ndim", 0) >= 1
         values = {"layer": layer, "pos": pos, "head": head, "unit": unit}
         return cls(**{name: _places(name, value) for name, value in values.items()}, per_example=per_example)
 

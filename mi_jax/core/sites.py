@@ -75,7 +75,8 @@ def at(site: str, layers: int | np.integer | np.ndarray | Sequence[int] | None =
     """
     if layers is None:
         return At(site)
-    return At(site, tuple(int(layer) for layer in layers) if np.ndim(layers) else int(layers))
+    chosen = np.asarray(layers).tolist()
+    return At(site, tuple(chosen) if isinstance(chosen, list) else chosen)
 
 
 @dataclasses.dataclass(frozen=True)

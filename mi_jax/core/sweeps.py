@@ -38,17 +38,17 @@ class Sweep(eqx.Module):
         )
         cells = jnp.zeros((1, 0), jnp.int32) if grid is None else grid.reshape(-1, len(inner))
 
-        resumes = site.layered and LAYER in axes and hasattr(self.model, "resume")
+        resume = getattr(self.model, "resume", None) if site.layered and LAYER in axes else None
         before = {name: value for name, value in options.items() if name != "output_pos"}
         # the unpatched stream up to the patched layer is the same in every cell: computed once
-        stream = self.model(tokens, capture=("resid_pre",), output=False, **before)[1]["resid_pre"] if resumes else None
+        stream = self.model(tokens, capture=("resid_pre",), output=False, **before)[1]["resid_pre"] if resume else None
 
         def cell(layer, places):
             index = dict(zip(inner, places, strict=True))
             edit = self.edit.placed(**index, **({LAYER: layer} if LAYER in axes else {}))
             taps = {edit.site: (edit,)}
-            if stream is not None:
-                return self.metric(self.model.resume(stream[layer], layer, taps=taps, **options))
+            if resume is not None and stream is not None:
+                return self.metric(resume(stream[layer], layer, taps=taps, **options))
             return self.metric(self.model(tokens, taps=taps, **options))
 
         def at_layer(layer):

@@ -98,20 +98,27 @@ def induction_batch(data: OrganismData, n: int, *, key: PRNGKeyArray) -> Inducti
     return InductionBatch(jnp.take_along_axis(order, index, axis=1), period)
 
 
-def trigger_batch(data: OrganismData, n: int, *, key: PRNGKeyArray) -> TriggerBatch:
-    """n sequences of all kinds in random order."""
+def trigger_batch(data: OrganismData, n: int, *, key: PRNGKeyArray, same_place: bool = False) -> TriggerBatch:
+    """n sequences of all kinds in random order; see `sequences_of`."""
     k_kind, k_rest = jax.random.split(key)
     others = (1 - data.trigger_share) / (len(KINDS) - 1)
     logits = jnp.log(jnp.asarray([data.trigger_share] + [others] * (len(KINDS) - 1)))
-    return sequences_of(data, jax.random.categorical(k_kind, logits, shape=(n,)).astype(jnp.int32), key=k_rest)
+    return sequences_of(data, jax.random.categorical(k_kind, logits, shape=(n,)).astype(jnp.int32), key=k_rest, same_place=same_place)
 
 
-def sequences_of(data: OrganismData, kind: Int[Array, " batch"], *, key: PRNGKeyArray) -> TriggerBatch:
-    """One sequence of each given kind: random ordinary tokens with the kind's tokens at a random place."""
+def sequences_of(
+    data: OrganismData, kind: Int[Array, " batch"], *, key: PRNGKeyArray, same_place: bool = False
+) -> TriggerBatch:
+    """One sequence of each given kind: random ordinary tokens with the kind's tokens at a random place.
+
+    Args:
+      same_place: one place for the whole batch, so that any two sequences are counterfactuals of each other.
+    """
     k_tokens, k_place, k_gap = jax.random.split(key, 3)
     n = kind.shape[0]
     tokens = jax.random.randint(k_tokens, (n, data.length), 0, data.n_ordinary, jnp.int32)
     place = jax.random.randint(k_place, (n,), 0, data.length - 1 - data.delay, jnp.int32)
+    place = jnp.where(same_place, place[0], place)
     gap = jax.random.randint(k_gap, (n,), 1, _LARGEST_GAP + 1, jnp.int32)
     gap = jnp.where(kind == SEPARATED, gap, 0)
 

@@ -18,13 +18,13 @@ class Tokenizer:
     pad_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; no special token is put before it."""
+        """Ids of a text, no special token before it; bytes that the vocabulary lacks are dropped."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def strings(self, ids: Sequence[int]) -> list[str]:
+    def strings(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Each token as text; bytes that are not whole characters show as the replacement character."""
         return [self.decode([i]) for i in ids]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.decomposition.sparse import preactivations, select, sparse_decode, topk_encode
+from mi_jax.decomposition.sparse import sparse_decode, topk_encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class SAEConfig:
       k: codes kept per token.
       k_aux: dead latents that model what is left over of a token.
       aux_coefficient: weight of that auxiliary loss.
+      aux_candidates: when more latents than this are dead, only this many take part in a step.
     """
 
     d_model: int
@@ -30,13 +31,16 @@ class SAEConfig:
     k: int
     k_aux: int = 64
     aux_coefficient: float = 0.2
+    aux_candidates: int = 256
 
     def __post_init__(self):
-        for name in ("d_model", "d_sae", "k", "k_aux"):
+        for name in ("d_model", "d_sae", "k", "k_aux", "aux_candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if max(self.k, self.k_aux) > self.d_sae:
             raise ValueError(f"k={self.k} and k_aux={self.k_aux} must be at most d_sae={self.d_sae}")
+        if self.k_aux > self.aux_candidates:
+            raise ValueError(f"k_aux={self.k_aux} must be at most aux_candidates={self.aux_candidates}")
 
 
 class SAE(eqx.Module):
@@ -109,26 +113,24 @@ def loss(
     """mean (x − x̂)² + α · min(n_dead / k_aux, 1) · mean (e − ê)².
 
     e = x − x̂ carries no gradient, and ê = z_aux w_dec is its reconstruction (without b_dec) from the k_aux dead latents
-    of largest pre-activation. When no latent is dead the second term costs nothing.
+    of largest pre-activation.
     """
     centred = x - sae.b_dec[None, :]
-    h = preactivations(centred, sae.w_enc, sae.b_enc)
-    values, indices = select(h, centred, sae.w_enc, sae.b_enc, sae.k)
+    values, indices = topk_encode(centred, sae.w_enc, sae.b_enc, sae.k)
     values = jax.nn.relu(values)
     error = centred - sparse_decode(values, indices, sae.w_dec)
     fired = jnp.zeros(sae.w_enc.shape[0], x.dtype).at[indices].add((values > 0).astype(x.dtype))
 
-    def auxiliary(sae, error):
-        masked = jnp.where(dead[None, :], h, -jnp.inf)
-        v, i = select(masked, jax.lax.stop_gradient(centred), sae.w_enc, sae.b_enc, config.k_aux)
-        v = jnp.where(dead[i], jax.nn.relu(v), 0.0)
-        weight = jnp.minimum(dead.sum() / config.k_aux, 1.0)
-        return weight * jnp.mean((error - sparse_decode(v, i, sae.w_dec)) ** 2)
+    target, source = jax.lax.stop_gradient((error, centred))
+    # dead latents come first; there are few, so that dense products with their rows are cheap
+    _, rows = jax.lax.top_k(dead.astype(jnp.int32), min(config.aux_candidates, dead.shape[0]))
+    h = jnp.where(dead[rows][None, :], source @ sae.w_enc[rows].T + sae.b_enc[rows][None, :], -jnp.inf)
+    kept = h >= jax.lax.top_k(h, config.k_aux)[0][:, -1:]
+    guess = jnp.where(kept, jax.nn.relu(h), 0.0) @ sae.w_dec[rows]
+    auxiliary = jnp.minimum(dead.sum() / config.k_aux, 1.0) * jnp.mean((target - guess) ** 2)
 
-    target = jax.lax.stop_gradient(error)
-    aux = jax.lax.cond(dead.any(), auxiliary, lambda sae, error: jnp.zeros((), error.dtype), sae, target)
     reconstruction = jnp.mean(error**2)
-    return reconstruction + config.aux_coefficient * aux, Losses(reconstruction, aux, fired)
+    return reconstruction + config.aux_coefficient * auxiliary, Losses(reconstruction, auxiliary, fired)
 
 
 def logical_axes(sae: SAE) -> SAE:

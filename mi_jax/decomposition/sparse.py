@@ -87,27 +87,10 @@ def _attach_backward(residuals, g):
 _attach.defvjp(_attach_forward, _attach_backward)
 
 
-def preactivations(
-    x: Float[Array, "batch d_model"], w_enc: Float[Array, "d_sae d_model"], b_enc: Float[Array, " d_sae"]
-) -> Float[Array, "batch d_sae"]:
-    """x @ w_encᵀ + b_enc, without a gradient: the one dense product, from which `select` takes k places per token."""
-    return jax.lax.stop_gradient(x @ w_enc.T + b_enc[None, :])
-
-
-def select(
-    h: Float[Array, "batch d_sae"],
-    x: Float[Array, "batch d_model"],
-    w_enc: Float[Array, "d_sae d_model"],
-    b_enc: Float[Array, " d_sae"],
-    k: int,
-) -> tuple[Float[Array, "batch k"], Int[Array, "batch k"]]:
-    """The k largest of `h = preactivations(x, w_enc, b_enc)` per token, differentiable in x, w_enc and b_enc."""
-    values, indices = jax.lax.top_k(h, k)
-    return _attach(values, indices, x, w_enc, b_enc), indices
-
-
 def topk_encode(
     x: Float[Array, "batch d_model"], w_enc: Float[Array, "d_sae d_model"], b_enc: Float[Array, " d_sae"], k: int
 ) -> tuple[Float[Array, "batch k"], Int[Array, "batch k"]]:
     """The k largest of x @ w_encᵀ + b_enc per token, largest first, with gradients that scatter k rows per token."""
-    return select(preactivations(x, w_enc, b_enc), x, w_enc, b_enc, k)
+    preactivations = jax.lax.stop_gradient(x @ w_enc.T + b_enc[None, :])
+    values, indices = jax.lax.top_k(preactivations, k)
+    return _attach(values, indices, x, w_enc, b_enc), indices

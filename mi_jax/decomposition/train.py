@@ -36,7 +36,7 @@ class TrainConfig:
       massive_ratio: `fit` refuses activations with a norm over this many times the median; None lets them pass.
     """
 
-    steps: int = 800
+    steps: int = 1200
     batch_size: int = 1024
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50

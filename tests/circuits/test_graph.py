@@ -69,7 +69,7 @@ def pruned(*edges, graph=GRAPH):
 def test_a_path_is_kept_and_what_leads_nowhere_is_not():
     path = {"input->a0.h0<v>", "a0.h0->m1", "m1->logits"}
     assert pruned(*path) == path
-    assert pruned(*path, "input->m0", "a0.h1->logits", "m0->a1.h0<q>") == path
+    assert pruned(*path, "input->m0", "a1.h1->logits", "m0->a1.h0<q>") == path
     assert pruned(*(path - {"m1->logits"})) == set()
     assert pruned(*(path - {"input->a0.h0<v>"})) == set()
     assert pruned("input->logits") == {"input->logits"}

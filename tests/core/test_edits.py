@@ -210,7 +210,10 @@ def test_gradients_with_respect_to_an_added_value():
         (lambda: mi.ablate("attn.z", head=4), r"has 4 heads \(0–3\); got head=4"),
         (lambda: mi.ablate("attn.k", head=(0, 2)), r"has 2 kv_heads \(0–1\); got kv_head=2"),
         (lambda: mi.ablate("mlp.pre", unit=-11), r"has 10 d_mlps \(0–9\); got d_mlp=-11"),
-        (lambda: mi.ablate("resid_pre", head=0), "site 'resid_pre' has axes layer batch pos d_model; it takes no index 'head'"),
+        (
+            lambda: mi.ablate("resid_pre", head=0),
+            "site 'resid_pre' has axes layer batch pos d_model; it takes no index 'head'",
+        ),
         (lambda: mi.ablate("embed", layer=0), "it takes no index 'layer'"),
         (lambda: mi.ablate("attn.scores", unit=0), "it takes no index 'unit'"),
         (lambda: mi.ablate("attn.z", pos=()), "an empty set for 'pos' touches nothing"),
@@ -235,7 +238,10 @@ def test_an_edit_that_does_not_fit_the_model_is_named(make, message):
         (lambda: mi.ablate("attn.z", pos=5), r"site 'attn.z' has 5 places on 'pos' \(0–4\); got pos=5"),
         (lambda: mi.ablate("attn.scores", pos=-6), "got pos=-6"),
         (lambda: mi.ablate("attn.z", pos=np.array([0, 1, 2])), "3 positions for a batch of 2"),
-        (lambda: mi.patch("attn.z", np.zeros((4, 5), np.float32)), r"has shape \(4, 5\), which does not broadcast against"),
+        (
+            lambda: mi.patch("attn.z", np.zeros((4, 5), np.float32)),
+            r"has shape \(4, 5\), which does not broadcast against",
+        ),
         (lambda: mi.transform("attn.z", lambda x: x[:, 1:]), r"gave shape \(2, 4, 4, 6\) instead of \(2, 5, 4, 6\)"),
         (lambda: mi.ablate("attn.z", pos=mi.each), "mi.each on 'pos' marks an axis of a sweep; use mi.sweep"),
         (lambda: mi.ablate("attn.z", layer=mi.each), "mi.each on 'layer' marks an axis of a sweep; use mi.sweep"),

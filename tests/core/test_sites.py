@@ -34,7 +34,7 @@ def test_an_alias_places_an_edit():
     by_alias = mi.intervene(tiny(), mi.ablate("blocks.1.attn.hook_z", head=0))
     by_index = mi.intervene(tiny(), mi.ablate("attn.z", layer=1, head=0))
     np.testing.assert_array_equal(mi.jit(by_alias)(prompts(3)), mi.jit(by_index)(prompts(3)))
-    with pytest.raises(mi.SiteError, match="'blocks.1.attn.hook_z' names its layer; leave layer=… out"):
+    with pytest.raises(mi.SiteError, match=r"'blocks.1.attn.hook_z' names its layer; leave layer=… out"):
         mi.intervene(tiny(), mi.ablate("blocks.1.attn.hook_z", layer=2))
 
 
@@ -51,7 +51,7 @@ def test_an_unknown_site_is_named_with_those_that_exist():
         mi.capture(tiny(), "resid")
     with pytest.raises(mi.SiteError, match="toy has no site 'mlp_out'"):
         mi.intervene(tiny("attention-only"), mi.ablate("mlp_out"))
-    with pytest.raises(mi.SiteError, match="has no site 'blocks.0.hook_nothing'"):
+    with pytest.raises(mi.SiteError, match=r"has no site 'blocks.0.hook_nothing'"):
         mi.capture(tiny(), "blocks.0.hook_nothing")
 
 
@@ -76,7 +76,7 @@ def test_the_same_site_is_asked_for_once():
         mi.at("attn.z", layers=1),
     )
     assert TABLE.normalise("embed") == (mi.at("embed"),)
-    with pytest.raises(mi.SiteError, match="'attn.z' is asked for twice with different layers"):
+    with pytest.raises(mi.SiteError, match=r"'attn.z' is asked for twice with different layers"):
         mi.capture(tiny(), "attn.z", mi.at("attn.z", layers=1))
 
 

@@ -117,7 +117,7 @@ def test_a_sweep_computes_only_from_the_edited_layer_on(acts):
 
 
 def test_a_sweep_needs_an_axis_that_the_site_has():
-    with pytest.raises(mi.SiteError, match="sweep of site 'attn.z': mark an axis with mi.each"):
+    with pytest.raises(mi.SiteError, match=r"sweep of site 'attn.z': mark an axis with mi.each"):
         mi.sweep(tiny(), mi.ablate("attn.z", layer=1), metric)
     with pytest.raises(mi.SiteError, match="it takes no index 'head'"):
         mi.sweep(tiny(), mi.ablate("resid_pre", head=mi.each), metric)

@@ -39,9 +39,7 @@ def test_edits_apply_before_captures_and_reach_the_output():
 
 def test_jit_equals_no_jit():
     fn = mi.capture(mi.intervene(tiny(), mi.add("attn.z", 0.5, layer=1, head=2)), "resid_post")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), fn(TOKENS), mi.jit(fn)(TOKENS)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), fn(TOKENS), mi.jit(fn)(TOKENS))
 
 
 @pytest.fixture

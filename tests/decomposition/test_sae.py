@@ -9,7 +9,7 @@ import pytest
 
 from mi_jax.decomposition.sae import SAE, SAEConfig, init, loss
 
-CONFIG = SAEConfig(d_model=6, d_sae=16, k=3, k_aux=4, aux_coefficient=0.5)
+CONFIG = SAEConfig(d_model=6, d_sae=16, k=3, k_aux=4, aux_coefficient=0.5, aux_candidates=8)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,8 @@ def test_loss_is_the_equation(sae, x, n_dead):
     aux = 0.0
     if n_dead:
         places = min(n_dead, CONFIG.k_aux)
-        rest = error - numpy_codes(sae, x, places, allowed=dead) @ w_dec
+        candidates = dead & (np.arange(16) < CONFIG.aux_candidates)
+        rest = error - numpy_codes(sae, x, places, allowed=candidates) @ w_dec
         aux = min(n_dead / CONFIG.k_aux, 1.0) * np.mean(rest**2)
     total, parts = compiled_loss(sae, jnp.asarray(x), jnp.asarray(dead), CONFIG)
     np.testing.assert_allclose(total, np.mean(error**2) + 0.5 * aux, rtol=1e-5)
@@ -94,6 +95,8 @@ def test_faults_are_named(sae):
     with pytest.raises(ValueError, match=r"width 6, got shape \(3, 5\)"):
         sae(jnp.ones((3, 5)))
     with pytest.raises(ValueError, match="k=40"):
-        SAEConfig(d_model=6, d_sae=16, k=40)
+        SAEConfig(d_model=6, d_sae=16, k=40, k_aux=4)
+    with pytest.raises(ValueError, match="k_aux=5 must be at most aux_candidates=4"):
+        SAEConfig(d_model=6, d_sae=16, k=3, k_aux=5, aux_candidates=4)
     with pytest.raises(ValueError, match="d_sae must be at least 1"):
         SAEConfig(d_model=6, d_sae=0, k=1)

@@ -9,7 +9,7 @@ from mi_jax.core import sharding
 from mi_jax.decomposition import train
 from mi_jax.decomposition.baselines import fit_pca, fit_random_decoder
 from mi_jax.decomposition.massive import massive
-from mi_jax.decomposition.sae import SAEConfig, init, logical_axes, unit_rows
+from mi_jax.decomposition.sae import SAEConfig, init, unit_rows
 from mi_jax.decomposition.train import TrainConfig, fit, init_state, train_step
 
 N, D_MODEL, D_SAE, K = 2048, 16, 32, 3
@@ -80,29 +80,21 @@ def test_resumes_to_the_same_numbers(planted, trained):
     jax.tree.map(np.testing.assert_array_equal, resumed, sae)
 
 
-def test_mesh_of_eight_equals_one_device(planted):
-    x = planted[0][:16] / 40
+def test_one_step_alone_equals_one_of_many(planted, trained):
+    x = planted[0] / 40
     sae = init(SAE_CONFIG, key=jax.random.key(1), mean=x.mean(0))
+    static = {"sae_config": SAE_CONFIG, "config": CONFIG}
+    alone, metrics = train_step(init_state(sae, CONFIG), x[: CONFIG.batch_size], **static)
+    one, int_one = jnp.ones(()), jnp.ones((), jnp.int32)
+    looped, means = train.train_steps(init_state(sae, CONFIG), x, jnp.arange(N), one, int_one, **static)
+    for a, b in zip(jax.tree.leaves((alone, metrics)), jax.tree.leaves((looped, means)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_mesh_of_eight_equals_one_device(planted):
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
-    axes = logical_axes(sae)
-
-    def two_steps(sae, x):
-        state = init_state(sae, CONFIG)
-        for _ in range(2):
-            state, metrics = train_step(state, x, sae_config=SAE_CONFIG, config=CONFIG)
-        return state, metrics
-
-    one, one_metrics = two_steps(sae, x)
-    many, many_metrics = two_steps(sharding.shard(sae, axes, mesh), sharding.shard(x, ("batch", "d_model"), mesh))
-    assert not many.sae.w_dec.sharding.is_fully_replicated
-    for a, b in zip(jax.tree.leaves((one, one_metrics)), jax.tree.leaves((many, many_metrics)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_fit_on_a_mesh_equals_one_device(planted):
-    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
-    config = TrainConfig(steps=3, batch_size=16, steps_per_call=2)
-    x = planted[0][:50] / 40
+    config = TrainConfig(steps=3, batch_size=8, steps_per_call=2)
+    x = planted[0][:24] / 40
     (one, _), (many, _) = (fit(x, SAE_CONFIG, config, key=jax.random.key(0), mesh=m) for m in (None, mesh))
     assert not many.w_dec.sharding.is_fully_replicated
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):

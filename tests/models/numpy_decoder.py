@@ -58,7 +58,9 @@ def _layer(blocks, layer, stream, config):
         group = head // (n_heads // n_kv)
         for query in range(n_pos):
             for key in range(query + 1):
-                scores[head, query, key] = sites["attn.q"][query, head] @ sites["attn.k"][key, group] / math.sqrt(d_head)
+                scores[head, query, key] = (
+                    sites["attn.q"][query, head] @ sites["attn.k"][key, group] / math.sqrt(d_head)
+                )
             unnormalised = np.exp(scores[head, query] - scores[head, query].max())
             pattern[head, query] = unnormalised / unnormalised.sum()
             z[query, head] = pattern[head, query] @ sites["attn.v"][:, group]

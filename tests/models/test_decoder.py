@@ -25,7 +25,9 @@ def test_every_site_equals_the_equations_in_numpy(name):
     assert set(acts) == set(expected[0])
     for site, value in acts.items():
         batch_axis = int(value.ndim > 3 or site in ("resid_pre", "resid_post"))
-        reference = np.stack([e[site] for e in expected], 0 if site in ("embed", "final_norm", "logits") else batch_axis)
+        reference = np.stack(
+            [e[site] for e in expected], 0 if site in ("embed", "final_norm", "logits") else batch_axis
+        )
         if site == "attn.scores":
             value, reference = jnp.maximum(value, -1e9), np.maximum(reference, -1e9)
         np.testing.assert_allclose(value, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=site)

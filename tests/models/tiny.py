@@ -16,7 +16,14 @@ CONFIGS = {
     "llama": _LLAMA,
     # one head per group, plain MLP, LayerNorm with biases, learned positions, untied
     "gpt2": dataclasses.replace(
-        _LLAMA, name="gpt2-like", n_kv_heads=4, positions="learned", norm="layer", activation="gelu", gated=False, tied=False
+        _LLAMA,
+        name="gpt2-like",
+        n_kv_heads=4,
+        positions="learned",
+        norm="layer",
+        activation="gelu",
+        gated=False,
+        tied=False,
     ),
     # no MLP, no norm, no positions: linear but for the attention pattern
     "attention-only": dataclasses.replace(_LLAMA, name="toy", n_kv_heads=4, d_mlp=0, norm="none", positions="none"),

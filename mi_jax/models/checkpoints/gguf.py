@@ -149,9 +149,7 @@ _LAYER_TENSORS += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 def _check_names(file: GGUF, config: DecoderConfig) -> None:
     n_layers = len({name.split(".")[1] for name in file.names() if name.startswith("blk.")})
     if n_layers != config.n_layers:
-        raise CheckpointError(
-            f"{file.path}: {config.n_layers} layers announced, tensors of {n_layers} there"
-        )
+        raise CheckpointError(f"{file.path}: {config.n_layers} layers announced, tensors of {n_layers} there")
     # a bias or a table of rotary factors that went unread would make a model that runs and is wrong
     read = {"token_embd.weight", "output_norm.weight", "output.weight"}
     read |= {f"blk.{layer}.{name}.weight" for layer in range(config.n_layers) for name in _LAYER_TENSORS}
