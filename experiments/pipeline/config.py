@@ -36,8 +36,8 @@ class PipelineConfig:
     held_out: float = 0.09
     d_sae: int = 4096
     k: int = 32
-    sae_steps: int = 1000
-    sae_batch: int = 2048
+    sae_steps: int = 1500
+    sae_batch: int = 1024
     features: int = 32
     circuit_prompts: int = 16
     ig_steps: int = 5
