@@ -7,7 +7,9 @@ from pathlib import Path
 
 if "jax" in sys.modules:
     raise RuntimeError("tests/conftest.py must set XLA_FLAGS before jax is imported, but a plugin has imported it")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Small tests spend their time in compilation; the cheap code generator halves it and changes no result beyond rounding.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

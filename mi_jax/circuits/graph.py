@@ -138,15 +138,27 @@ class Graph:
         return useful
 
     def to_json(self, mask: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-        """Nodes and edges of a circuit, for drawing: `{"nodes": [...], "edges": [...]}`."""
+        """Nodes and edges of a circuit, for drawing: `{"nodes": [...], "edges": [...]}`.
+
+        A key or value that a group of heads shares is drawn into every head of the group that the circuit has.
+        """
         found = np.argwhere(mask & self.edges)
+        present = {self.sources[s] for s, _ in found}
         edges = []
         for s, r in found:
             reader, _, letter = self.readers[r].rstrip(">").partition("<")
             kind = letter or ("logits" if reader == "logits" else "mlp")
-            edges.append({"from": self.sources[s], "to": reader, "input": kind, "score": float(scores[s, r])})
+            for target in self._heads_of(reader, present) if letter in ("k", "v") else [reader]:
+                edges.append({"from": self.sources[s], "to": target, "input": kind, "score": float(scores[s, r])})
         names = dict.fromkeys(["input", *(e["from"] for e in edges), *(e["to"] for e in edges), "logits"])
         return {"nodes": [self._node(name) for name in names], "edges": edges}
+
+    def _heads_of(self, reader: str, present: set[str]) -> list[str]:
+        """The heads that share a key/value head, those of the circuit if there are any."""
+        layer, _, shared = reader[1:].partition(".h")
+        group = self.n_heads // self.n_kv_heads
+        heads = [f"a{layer}.h{int(shared) * group + i}" for i in range(group)]
+        return [head for head in heads if head in present] or heads[:1]
 
     def _node(self, name: str) -> dict[str, Any]:
         if name in ("input", "logits"):

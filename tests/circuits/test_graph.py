@@ -103,6 +103,15 @@ def test_pruning_removes_cascades_keeps_the_whole_graph_and_is_idempotent():
         np.testing.assert_array_equal(GRAPH.prune(once), once)
 
 
+def test_a_shared_key_is_drawn_into_the_heads_that_are_there():
+    grouped = Graph(n_layers=2, n_heads=4, n_kv_heads=2, has_mlp=False)
+    mask = grouped.mask(["input->a1.h1<k>", "a1.h2->logits", "a1.h3->logits"])
+    edges = grouped.to_json(mask, np.ones(mask.shape))["edges"]
+    assert [(e["from"], e["to"]) for e in edges if e["input"] == "k"] == [("input", "a1.h2"), ("input", "a1.h3")]
+    alone = grouped.mask(["input->a1.h0<v>"])
+    assert [e["to"] for e in grouped.to_json(alone, np.ones(mask.shape))["edges"]] == ["a1.h0"]
+
+
 def test_json_has_the_nodes_and_scores_of_the_edges():
     scores = np.arange(GRAPH.edges.size, dtype=float).reshape(GRAPH.edges.shape)
     mask = GRAPH.mask(["input->a0.h0<v>", "a0.h0->m1", "m1->logits"])
