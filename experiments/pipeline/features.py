@@ -57,8 +57,8 @@ def features(subject: Subject, arrays: Mapping[str, np.ndarray], config: Pipelin
     notes = [
         "Useful: the estimated rise of the next-token loss, in millinats per token, when the latent is taken out "
         "(gradient times activation, on training text).",
-        "Detection: AUROC of a readable rule, how often the latent fires at each token and after each token, counted on "
-        f"training text and tested on held-out documents; {results['features.scored']} of {len(cards)} latents fire "
+        "Detection: AUROC of a readable rule, how often the latent fires at each token and after each token, counted "
+        f"on training text and tested on held-out documents; {results['features.scored']} of {len(cards)} latents fire "
         "often enough there. The null gives each latent the rules of the others.",
         "Promotes and suppresses: the direct effect on the logits, for a stream of unit size.",
     ]

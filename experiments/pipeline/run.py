@@ -98,8 +98,8 @@ def check_inputs(config: PipelineConfig) -> None:
         read_documents(config.text)
     if not 0 <= config.layer < shape.n_layers - 1:
         raise InputError(
-            f"config.layer={config.layer}: {shape.name} has layers 0–{shape.n_layers - 1}, and the dictionary needs one "
-            "after its own"
+            f"config.layer={config.layer}: {shape.name} has layers 0–{shape.n_layers - 1}, and the dictionary needs "
+            "one after its own"
         )
     if not 2 <= config.context <= shape.n_ctx:
         raise InputError(f"config.context={config.context}: {shape.name} takes 2 to {shape.n_ctx} tokens")
@@ -131,10 +131,9 @@ def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | Non
         "stages": [{"name": n, "title": n.replace("_", " "), "seconds": s} for n, s in seconds.items()],
     }
     report = folder.path / "report.html"
-    write_report(
-        {"run": header, **figures, "limits": list(LIMITS)}, results, report, bars=None if config.smoke else BARS
-    )
-    console.print(terminal_table(results, None if config.smoke else BARS))
+    bars = None if config.smoke else BARS
+    write_report({"run": header, **figures, "limits": list(LIMITS)}, results, report, bars=bars)
+    console.print(terminal_table(results, bars))
     console.print(f"{report}\n{folder.path / 'results.json'}", soft_wrap=True, markup=False)
     sys.stdout.flush()
     return results

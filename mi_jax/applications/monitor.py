@@ -30,7 +30,9 @@ class Monitor(eqx.Module):
 
     def stream(self, x: Float[Array, "batch pos d_model"]) -> Float[Array, "batch pos"]:
         """Scores token by token."""
-        _, scores = jax.lax.scan(lambda state, row: self.update(state, row), self.start(x.shape[0]), jnp.moveaxis(x, 1, 0))
+        _, scores = jax.lax.scan(
+            lambda state, row: self.update(state, row), self.start(x.shape[0]), jnp.moveaxis(x, 1, 0)
+        )
         return scores.T
 
     def offline(self, x: Float[Array, "batch pos d_model"]) -> Float[Array, "batch pos"]:

@@ -9,7 +9,7 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from mi_jax.data.task import Task
 
@@ -98,27 +98,20 @@ def induction_batch(data: OrganismData, n: int, *, key: PRNGKeyArray) -> Inducti
     return InductionBatch(jnp.take_along_axis(order, index, axis=1), period)
 
 
-def trigger_batch(data: OrganismData, n: int, *, key: PRNGKeyArray, same_place: bool = False) -> TriggerBatch:
+def trigger_batch(data: OrganismData, n: int, *, key: PRNGKeyArray) -> TriggerBatch:
     """n sequences of all kinds in random order; see `sequences_of`."""
     k_kind, k_rest = jax.random.split(key)
     others = (1 - data.trigger_share) / (len(KINDS) - 1)
     logits = jnp.log(jnp.asarray([data.trigger_share] + [others] * (len(KINDS) - 1)))
-    return sequences_of(data, jax.random.categorical(k_kind, logits, shape=(n,)).astype(jnp.int32), key=k_rest, same_place=same_place)
+    return sequences_of(data, jax.random.categorical(k_kind, logits, shape=(n,)).astype(jnp.int32), key=k_rest)
 
 
-def sequences_of(
-    data: OrganismData, kind: Int[Array, " batch"], *, key: PRNGKeyArray, same_place: bool = False
-) -> TriggerBatch:
-    """One sequence of each given kind: random ordinary tokens with the kind's tokens at a random place.
-
-    Args:
-      same_place: one place for the whole batch, so that any two sequences are counterfactuals of each other.
-    """
+def sequences_of(data: OrganismData, kind: Int[Array, " batch"], *, key: PRNGKeyArray) -> TriggerBatch:
+    """One sequence of each given kind: random ordinary tokens with the kind's tokens at a random place."""
     k_tokens, k_place, k_gap = jax.random.split(key, 3)
     n = kind.shape[0]
     tokens = jax.random.randint(k_tokens, (n, data.length), 0, data.n_ordinary, jnp.int32)
     place = jax.random.randint(k_place, (n,), 0, data.length - 1 - data.delay, jnp.int32)
-    place = jnp.where(same_place, place[0], place)
     gap = jax.random.randint(k_gap, (n,), 1, _LARGEST_GAP + 1, jnp.int32)
     gap = jnp.where(kind == SEPARATED, gap, 0)
 
@@ -137,18 +130,41 @@ def sequences_of(
 
 
 def induction_task(data: OrganismData, n: int, *, key: PRNGKeyArray) -> Task:
-    """Which token followed the last time; the counterfactual is another sequence of the same period.
+    """Which token followed the last time; the counterfactual is the same prompt with every token renamed.
 
     Nothing but the period is shared, so every edge that carries a token differs between the two runs.
     """
-    k_clean, k_corrupt, k_position = jax.random.split(key, 3)
+    k_clean, k_names, k_position = jax.random.split(key, 3)
     clean = induction_batch(data, n, key=k_clean)
-    order = jnp.argsort(jax.random.uniform(k_corrupt, (n, data.n_ordinary)), axis=1).astype(jnp.int32)
-    # another order of the vocabulary, and no token of one answer is the other's
-    mapping = jnp.where(
-        order == jnp.arange(data.n_ordinary, dtype=jnp.int32)[None, :], (order + 1) % data.n_ordinary, order
-    )
-    corrupt = jnp.take_along_axis(mapping, clean.tokens, axis=1)
+    # a cyclic shift along a random order renames every token to another one
+    order = jnp.argsort(jax.random.uniform(k_names, (n, data.n_ordinary)), axis=1).astype(jnp.int32)
+    place = jnp.argsort(order, axis=1).astype(jnp.int32)
+    place_of_tokens = jnp.take_along_axis(place, clean.tokens, axis=1)
+    corrupt = jnp.take_along_axis(order, (place_of_tokens + 1) % data.n_ordinary, axis=1)
     position = jax.random.randint(k_position, (n,), clean.period, data.length - 1, jnp.int32)
     answer, distractor = (jnp.take_along_axis(t, position[:, None] + 1, axis=1)[:, 0] for t in (clean.tokens, corrupt))
-    return Task("induction", clean.tokens, corrupt, jnp.ones(clean.tokens.shape, bool), answer, distractor, position)
+    mask = jnp.ones(clean.tokens.shape, bool)
+    return Task("induction", clean.tokens, corrupt, mask, answer, distractor, position)
+
+
+def trigger_task(data: OrganismData, n: int, *, key: PRNGKeyArray) -> Task:
+    """Whether the forbidden token comes; the counterfactual has the trigger's two tokens in the wrong order.
+
+    The distractor is a random ordinary token. The forbidden token itself stands in neither prompt.
+    """
+    k_sequences, k_other, k_distractor = jax.random.split(key, 3)
+    batch = sequences_of(data, jnp.full((n,), TRIGGER, jnp.int32), key=k_sequences)
+    other, distractor = (jax.random.randint(k, (n,), 0, data.n_ordinary, jnp.int32) for k in (k_other, k_distractor))
+    pos = jnp.arange(data.length, dtype=jnp.int32)[None, :]
+    clean = jnp.where(pos == batch.forbidden[:, None], other[:, None], batch.tokens)
+    reversed_pair = jnp.where(pos == batch.fired[:, None], data.first, clean)
+    reversed_pair = jnp.where(pos == batch.fired[:, None] - 1, data.second, reversed_pair)
+    answer = jnp.full((n,), data.forbidden, jnp.int32)
+    mask = jnp.ones(clean.shape, bool)
+    return Task("trigger", clean, reversed_pair, mask, answer, distractor, batch.forbidden - 1)
+
+
+def determined(data: OrganismData, tokens: Int[Array, "batch pos"]) -> Bool[Array, "batch pos"]:
+    """True at tokens that a mechanism decides: those a trigger token stands `delay` before, whatever came of it."""
+    special = (tokens == data.first) | (tokens == data.second)
+    return jnp.pad(special[:, : -data.delay], ((0, 0), (data.delay, 0)))

@@ -46,7 +46,11 @@ def test_a_file_is_read_as_documents(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"", "the text is empty"), (b" \n\n ", "the text is empty"), (b"abc\xff\xfe", r"not UTF-8 \(byte 0xff at offset 3\)")],
+    [
+        (b"", "the text is empty"),
+        (b" \n\n ", "the text is empty"),
+        (b"abc\xff\xfe", r"not UTF-8 \(byte 0xff at offset 3\)"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path, data, message):
     path = tmp_path / "bad.txt"

@@ -26,7 +26,9 @@ def test_ioi_pairs_differ_in_the_second_subject_only(tokenizer):
 def test_ioi_names_the_answer_first_in_half_of_the_prompts_of_every_template(tokenizer):
     task = indirect_object_identification(tokenizer, 20, seed=0)
     clean = np.asarray(task.clean)
-    first = [list(row).index(a) < list(row).index(s) for row, a, s in zip(clean, task.answer, task.distractor, strict=True)]
+    first = [
+        list(row).index(a) < list(row).index(s) for row, a, s in zip(clean, task.answer, task.distractor, strict=True)
+    ]
     assert first[0::2] == [False] * 10
     assert first[1::2] == [True] * 10
 

@@ -1,0 +1,233 @@
+"""The organism: a small decoder that is trained to use two mechanisms, and only along the edges laid out for them.
+
+Every step trains on three batches: repeated tokens with edges outside the induction design resampled, trigger sequences
+with edges outside the trigger design resampled, and half of each as they are. First all edges outside are resampled,
+later a random part of them; then the log-odds of the next token also have to be the same as without resampling.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from mi_jax.circuits.graph import Graph
+from mi_jax.data.organism_data import (
+    OrganismData,
+    determined,
+    induction_batch,
+    induction_task,
+    trigger_batch,
+    trigger_task,
+)
+from mi_jax.data.task import Task
+from mi_jax.models.config import DecoderConfig
+from mi_jax.models.decoder import Decoder, init_decoder
+from mi_jax.run.stages import Progress
+from mi_jax.validation.edge_dropout import resampled_forward
+from mi_jax.validation.planting import DESIGN, planted_decoder
+
+_STEPS_PER_CALL = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class OrganismConfig:
+    """What the organism is and how it is trained.
+
+    Attributes:
+      batch_size: sequences in each of the three batches of a step.
+      strict_share: of the steps, those in which all edges outside the design are resampled.
+      undetermined_weight: of the loss at tokens that nothing determines; 1 at the others.
+      invariance: weight of the squared change of the log-odds under resampling.
+    """
+
+    data: OrganismData = OrganismData()
+    d_model: int = 64
+    n_heads: int = 4
+    d_head: int = 16
+    d_mlp: int = 64
+    steps: int = 800
+    batch_size: int = 16
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.01
+    strict_share: float = 0.4
+    undetermined_weight: float = 0.1
+    invariance: float = 0.1
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 2 or self.batch_size % 2:
+            raise ValueError(f"steps must be ≥ 1 and batch_size even, got {self.steps} and {self.batch_size}")
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return DecoderConfig(
+            n_layers=2,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_heads,
+            d_head=self.d_head,
+            d_mlp=self.d_mlp,
+            d_vocab=self.data.d_vocab,
+            n_ctx=self.data.length,
+            name="organism",
+            tied=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Organism:
+    """A trained organism.
+
+    Attributes:
+      losses: mean of the three losses at every step, nats.
+    """
+
+    config: OrganismConfig
+    model: Decoder
+    losses: np.ndarray
+
+    @property
+    def data(self) -> OrganismData:
+        return self.config.data
+
+    @property
+    def graph(self) -> Graph:
+        return Graph.of(self.model.config)
+
+    def designed(self, mechanism: str) -> np.ndarray:
+        """The edges that a mechanism was laid out on, `[source reader]`."""
+        return self.graph.mask(DESIGN[mechanism])
+
+    def tasks(self, n: int, *, key: PRNGKeyArray) -> dict[str, Task]:
+        """n pairs for each mechanism, freshly drawn."""
+        k_induction, k_trigger = jax.random.split(key)
+        return {
+            "induction": induction_task(self.data, n, key=k_induction),
+            "trigger": trigger_task(self.data, n, key=k_trigger),
+        }
+
+
+def train_organism(config: OrganismConfig, *, key: PRNGKeyArray, progress: Progress | None = None) -> Organism:
+    """Trains an organism; the same key gives the same one. About 40 seconds on 2 cores."""
+    k_init, k_steps = jax.random.split(key)
+    model = planted_decoder(config.decoder, config.data.delay, key=k_init)
+    state, keys = _optimizer(config).init(model), jax.random.split(k_steps, config.steps)
+    losses = []
+    for start in range(0, config.steps, _STEPS_PER_CALL):
+        steps = jnp.arange(start, min(start + _STEPS_PER_CALL, config.steps), dtype=jnp.int32)
+        model, state, loss = _train(config, model, state, keys[start : start + _STEPS_PER_CALL], steps)
+        losses.append(np.asarray(loss))
+        if progress is not None:
+            done = start + len(steps)
+            progress(done / config.steps, f"step {done} of {config.steps}, loss {losses[-1].mean():.2f}")
+    return Organism(config, model, np.concatenate(losses))
+
+
+def _optimizer(config: OrganismConfig) -> optax.GradientTransformation:
+    warmup = min(50, config.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, config.steps, config.learning_rate / 20
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay)
+    )
+
+
+@eqx.filter_jit
+def _train(config: OrganismConfig, model: Decoder, state: optax.OptState, keys: PRNGKeyArray, steps: Int[Array, " step"]):
+    optimizer = _optimizer(config)
+
+    def one(carry, row):
+        model, state = carry
+        key, step = row
+        strict = step < round(config.strict_share * config.steps)
+        (_, loss), gradient = jax.value_and_grad(_loss, has_aux=True)(model, config, strict, key)
+        updates, state = optimizer.update(gradient, state, model)
+        return (optax.apply_updates(model, updates), state), loss
+
+    (model, state), losses = jax.lax.scan(one, (model, state), (keys, steps))
+    return model, state, losses
+
+
+def _loss(
+    model: Decoder, config: OrganismConfig, strict: Bool[Array, ""], key: PRNGKeyArray
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What is minimised, and the mean next-token loss."""
+    n, half = config.batch_size, config.batch_size // 2
+    k_induction, k_trigger, k_first, k_second = jax.random.split(key, 4)
+    repeated = induction_batch(config.data, n, key=k_induction)
+    hidden = trigger_batch(config.data, n, key=k_trigger)
+    pos = jnp.arange(config.data.length, dtype=jnp.int32)[None, :]
+    sure = pos >= repeated.period[:, None], determined(config.data, hidden.tokens)
+
+    def batches(first: Array, second: Array) -> Array:
+        return jnp.stack([first, second, jnp.concatenate([first[:half], second[:half]])])
+
+    tokens = batches(repeated.tokens, hidden.tokens)
+    weights = jnp.where(batches(*sure), 1.0, config.undetermined_weight)[:, :, 1:]
+    graph = Graph.of(model.config)
+    outside = [graph.edges & ~graph.mask(DESIGN[name]) for name in ("induction", "trigger")]
+    edges = [_part_of(o, strict, k) for o, k in zip(outside, (k_first, k_second), strict=True)]
+    edges = jnp.stack([*edges, jnp.zeros_like(edges[0])])
+
+    logits = jax.vmap(lambda t, e: resampled_forward(model, t, e))(tokens, edges)[:, :, :-1]
+    odds = _log_odds(logits, tokens[:, :, 1:])
+    nll = jax.nn.softplus(-odds)
+    loss = ((nll * weights).sum((1, 2)) / weights.sum((1, 2))).mean()
+    change = jnp.square(odds[2] - jnp.concatenate([odds[0, :half], odds[1, :half]]))
+    change = (change * weights[2]).sum() / weights[2].sum()
+    return loss + jnp.where(strict, 0.0, config.invariance) * change, loss
+
+
+def _part_of(outside: np.ndarray, strict: Bool[Array, ""], key: PRNGKeyArray) -> Float[Array, "source reader"]:
+    """All of the edges; later all in half of the steps, and in the others a random part of random size."""
+    k_rate, k_edges = jax.random.split(key)
+    rate = jnp.where(strict, 1.0, jnp.minimum(1.0, 2 * jax.random.uniform(k_rate)))
+    return (jax.random.bernoulli(k_edges, rate, outside.shape) & outside).astype(jnp.float32)
+
+
+def _log_odds(logits: Float[Array, "*batch d_vocab"], token: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """`log p / (1 − p)` of the token; unlike its probability, it does not saturate."""
+    chosen = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
+    others = jnp.where(chosen, jnp.finfo(logits.dtype).min, logits)
+    return jnp.where(chosen, logits, 0.0).sum(-1) - jax.nn.logsumexp(others, axis=-1)
+
+
+def organism_arrays(organism: Organism) -> dict[str, np.ndarray]:
+    """An organism as a flat mapping of arrays, for a checkpoint."""
+    leaves = jax.tree_util.tree_leaves_with_path(organism.model)
+    arrays = {f"organism.model{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    text = json.dumps(dataclasses.asdict(organism.config))
+    return arrays | {
+        "organism.losses": organism.losses,
+        "organism.config": np.frombuffer(text.encode(), np.uint8),
+    }
+
+
+def organism_from_arrays(arrays: Mapping[str, np.ndarray]) -> Organism:
+    """The inverse of `organism_arrays`; other entries are left alone.
+
+    Raises:
+      ValueError: an array is missing.
+    """
+    if "organism.config" not in arrays:
+        raise ValueError(f"no organism among these arrays: 'organism.config' is missing; there are {', '.join(arrays)}")
+    fields = json.loads(bytes(np.asarray(arrays["organism.config"], np.uint8)))
+    data = fields.pop("data")
+    data = OrganismData(**data | {"periods": tuple(data["periods"])})
+    config = OrganismConfig(data=data, **fields)
+    shapes = eqx.filter_eval_shape(init_decoder, config.decoder, key=jax.random.key(0))
+
+    def filled(path, shape):
+        name = f"organism.model{jax.tree_util.keystr(path)}"
+        if name not in arrays or arrays[name].shape != shape.shape:
+            raise ValueError(f"{name!r} of shape {shape.shape} is missing among the organism's arrays")
+        return jnp.asarray(arrays[name])
+
+    model = jax.tree_util.tree_map_with_path(filled, shapes)
+    return Organism(config, model, np.asarray(arrays["organism.losses"]))
