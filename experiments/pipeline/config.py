@@ -42,7 +42,7 @@ class PipelineConfig:
     circuit_prompts: int = 16
     ig_steps: int = 5
     random_circuits: int = 3
-    organism_steps: int = 1000
+    organism_steps: int = 800
     monitor_sequences: int = 4000
     label_permutations: int = 20
 

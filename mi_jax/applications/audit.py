@@ -6,7 +6,6 @@ displacement of equal size in a random direction should do neither.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -20,14 +19,19 @@ from mi_jax.core.transforms import SiteModel, intervene, jit
 
 
 class SetScore(eqx.Module):
-    """x ↦ x − (score(x) − target) · direction; along the probe's pattern this sets its score to `target`."""
+    """x ↦ x − (score(x) − target) · direction where score(x) > limit; the other tokens are left alone.
+
+    Along the probe's pattern this sets its score to `target`.
+    """
 
     probe: Probe
     target: Float[Array, ""]
+    limit: Float[Array, ""]
     direction: Float[Array, " d_model"]
 
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
-        excess = self.probe(x) - self.target
+        score = self.probe(x)
+        excess = jnp.where(score > self.limit, score - self.target, 0.0)
         return x - excess[..., None] * jnp.broadcast_to(self.direction, x.shape)
 
 
@@ -76,10 +80,14 @@ def audit(
     event: int,
     benign: Int[Array, "benign_batch pos"],
     target: float,
+    limit: float = -np.inf,
     key: PRNGKeyArray,
     n_random: int = 16,
 ) -> Audit:
-    """Sets the probe's score to `target` at every token of `site` and compares with random displacements.
+    """Sets the probe's score to `target` wherever it is over `limit`, and compares with random displacements.
+
+    With the monitor's threshold as the limit this is the edit that a monitor with a remedy would make; without a limit
+    it is made at every token, which tells how much else the direction carries.
 
     Args:
       triggered: sequences that lead to the event.
@@ -91,7 +99,8 @@ def audit(
     clean, clean_benign = jit(model)(triggered), jit(model)(benign)
 
     def measure(direction: Array, seed: int) -> Effect:
-        edited = _edited(model, SetScore(probe, jnp.asarray(target, jnp.float32), direction), site, layer)
+        edit = SetScore(probe, jnp.asarray(target, jnp.float32), jnp.asarray(limit, jnp.float32), direction)
+        edited = jit(intervene(model, transform(site, edit, layer=layer)))
         logits, logits_benign = edited(triggered), edited(benign)
         fall = np.asarray(_relative_logit(clean, predicted_at, event) - _relative_logit(logits, predicted_at, event))
         draws = np.random.default_rng(seed).choice(fall, (2000, len(fall))).mean(1)
@@ -104,10 +113,6 @@ def audit(
     random = jax.random.normal(key, (n_random, *probe.pattern.shape))
     random = size * random / jnp.linalg.norm(random, axis=1, keepdims=True)
     return Audit(measure(probe.pattern, 0), tuple(measure(direction, i + 1) for i, direction in enumerate(random)))
-
-
-def _edited(model: SiteModel, edit: SetScore, site: str, layer: int) -> Callable[[Array], Array]:
-    return jit(intervene(model, transform(site, edit, layer=layer)))
 
 
 def _at(values: Array, position: Array) -> Array:

@@ -94,8 +94,7 @@ def induction_batch(data: OrganismData, n: int, *, key: PRNGKeyArray) -> Inducti
     low, high = data.periods
     order = jnp.argsort(jax.random.uniform(k_base, (n, data.n_ordinary)), axis=1)[:, :high].astype(jnp.int32)
     period = jax.random.randint(k_period, (n,), low, high + 1, jnp.int32)
-    index = jnp.arange(data.length, dtype=jnp.int32)[None, :] % period[:, None]
-    return InductionBatch(jnp.take_along_axis(order, index, axis=1), period)
+    return InductionBatch(_periodic(order, period, data), period)
 
 
 def trigger_batch(data: OrganismData, n: int, *, key: PRNGKeyArray) -> TriggerBatch:
@@ -130,21 +129,26 @@ def sequences_of(data: OrganismData, kind: Int[Array, " batch"], *, key: PRNGKey
 
 
 def induction_task(data: OrganismData, n: int, *, key: PRNGKeyArray) -> Task:
-    """Which token followed the last time; the counterfactual is the same prompt with every token renamed.
+    """Which token followed the last time; the counterfactual is another sequence, of other tokens and another period.
 
-    Nothing but the period is shared, so every edge that carries a token differs between the two runs.
+    So every edge that carries a token differs between the two runs, and what the corrupt one attends to is the wrong
+    place in the clean one: neither period is a multiple of the other.
     """
-    k_clean, k_names, k_position = jax.random.split(key, 3)
-    clean = induction_batch(data, n, key=k_clean)
-    # a cyclic shift along a random order renames every token to another one
-    order = jnp.argsort(jax.random.uniform(k_names, (n, data.n_ordinary)), axis=1).astype(jnp.int32)
-    place = jnp.argsort(order, axis=1).astype(jnp.int32)
-    place_of_tokens = jnp.take_along_axis(place, clean.tokens, axis=1)
-    corrupt = jnp.take_along_axis(order, (place_of_tokens + 1) % data.n_ordinary, axis=1)
-    position = jax.random.randint(k_position, (n,), clean.period, data.length - 1, jnp.int32)
-    answer, distractor = (jnp.take_along_axis(t, position[:, None] + 1, axis=1)[:, 0] for t in (clean.tokens, corrupt))
-    mask = jnp.ones(clean.tokens.shape, bool)
-    return Task("induction", clean.tokens, corrupt, mask, answer, distractor, position)
+    k_base, k_period, k_change, k_position = jax.random.split(key, 4)
+    low, high = data.periods
+    order = jnp.argsort(jax.random.uniform(k_base, (n, data.n_ordinary)), axis=1).astype(jnp.int32)
+    period = jax.random.randint(k_period, (n,), low, high + 1, jnp.int32)
+    change = jax.random.randint(k_change, (n,), 1, min(low - 1, (high - low) // 2) + 1, jnp.int32)
+    other = jnp.where(period + change > high, period - change, period + change)
+    clean, corrupt = _periodic(order[:, :high], period, data), _periodic(order[:, high:], other, data)
+    position = jax.random.randint(k_position, (n,), jnp.maximum(period, other), data.length - 1, jnp.int32)
+    answer, distractor = (jnp.take_along_axis(t, position[:, None] + 1, axis=1)[:, 0] for t in (clean, corrupt))
+    return Task("induction", clean, corrupt, jnp.ones(clean.shape, bool), answer, distractor, position)
+
+
+def _periodic(base: Int[Array, "batch n"], period: Int[Array, " batch"], data: OrganismData) -> Int[Array, "batch pos"]:
+    index = jnp.arange(data.length, dtype=jnp.int32)[None, :] % period[:, None]
+    return jnp.take_along_axis(base, index, axis=1)
 
 
 def trigger_task(data: OrganismData, n: int, *, key: PRNGKeyArray) -> Task:

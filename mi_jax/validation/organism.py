@@ -147,7 +147,9 @@ def _train(config: OrganismConfig, model: Decoder, state: optax.OptState, keys: 
         key, step = row
         strict = step < round(config.strict_share * config.steps)
         (_, loss), gradient = jax.value_and_grad(_loss, has_aux=True)(model, config, strict, key)
-        updates, state = optimizer.update(gradient, state, model)
+        # optax raises b2 to the power of an integer count, which strict dtype promotion would refuse
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient, state, model)
         return (optax.apply_updates(model, updates), state), loss
 
     (model, state), losses = jax.lax.scan(one, (model, state), (keys, steps))

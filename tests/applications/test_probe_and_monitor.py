@@ -49,8 +49,13 @@ def test_the_pattern_is_what_the_activations_do_per_unit_of_score(data, probe):
 
 
 def test_moving_along_the_pattern_sets_the_score(data, probe):
-    moved = SetScore(probe, jnp.asarray(-2.0), probe.pattern)(data[0])
-    np.testing.assert_allclose(probe(moved), -2.0, atol=1e-3)
+    everywhere = SetScore(probe, jnp.asarray(-2.0), jnp.asarray(-jnp.inf), probe.pattern)(data[0])
+    np.testing.assert_allclose(probe(everywhere), -2.0, atol=1e-3)
+    some = SetScore(probe, jnp.asarray(-2.0), jnp.asarray(0.0), probe.pattern)(data[0])
+    over = np.asarray(probe(data[0])) > 0
+    assert 0 < over.sum() < N
+    np.testing.assert_allclose(np.asarray(probe(some))[over], -2.0, atol=1e-3)
+    np.testing.assert_array_equal(np.asarray(some)[~over], np.asarray(data[0])[~over])
 
 
 def test_streaming_offline_and_a_loop_agree(probe):
