@@ -133,7 +133,9 @@ def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | Non
     report = folder.path / "report.html"
     bars = None if config.smoke else BARS
     write_report({"run": header, **figures, "limits": list(LIMITS)}, results, report, bars=bars)
-    console.print(terminal_table(results, bars))
+    # the figures with a bar; the report has all of them
+    headline = {key: value for key, value in results.items() if key.split("_null")[0].split("_ci_")[0] in BARS}
+    console.print(terminal_table(headline, bars))
     console.print(f"{report}\n{folder.path / 'results.json'}", soft_wrap=True, markup=False)
     sys.stdout.flush()
     return results

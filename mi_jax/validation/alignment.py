@@ -83,7 +83,10 @@ def layer_matched_null(graph: Graph, found: Sequence[Edges], true: Sequence[Edge
     return _null(
         [
             sum(
-                (agreement(_shuffled(f, groups, seed + 10_007 * i), t) for i, (f, t) in enumerate(zip(found, true, strict=True))),
+                (
+                    agreement(_shuffled(f, groups, seed + 10_007 * i), t)
+                    for i, (f, t) in enumerate(zip(found, true, strict=True))
+                ),
                 Agreement(0, 0, 0),
             ).f1
             for seed in seeds

@@ -115,7 +115,7 @@ class Organism:
 def train_organism(config: OrganismConfig, *, key: PRNGKeyArray, progress: Progress | None = None) -> Organism:
     """Trains an organism; the same key gives the same one. About 40 seconds on 2 cores."""
     k_init, k_steps = jax.random.split(key)
-    model = planted_decoder(config.decoder, config.data.delay, key=k_init)
+    model = planted_decoder(config.decoder, config.data.delay, (config.data.first, config.data.second), key=k_init)
     state, keys = _optimizer(config).init(model), jax.random.split(k_steps, config.steps)
     losses = []
     for start in range(0, config.steps, _STEPS_PER_CALL):
@@ -133,13 +133,13 @@ def _optimizer(config: OrganismConfig) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, config.steps, config.learning_rate / 20
     )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay)
-    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay))
 
 
 @eqx.filter_jit
-def _train(config: OrganismConfig, model: Decoder, state: optax.OptState, keys: PRNGKeyArray, steps: Int[Array, " step"]):
+def _train(
+    config: OrganismConfig, model: Decoder, state: optax.OptState, keys: PRNGKeyArray, steps: Int[Array, " step"]
+):
     optimizer = _optimizer(config)
 
     def one(carry, row):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mi_jax.models.block import MLP
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder, init_decoder
 
@@ -39,6 +40,7 @@ DESIGN: dict[str, tuple[str, ...]] = {
 
 _D_PAIR, _D_VERDICT = 8, 4
 _POSITION_GAIN, _MATCH_GAIN, _WRITE_GAIN, _BYSTANDER_GAIN = 1.5, 2.0, 0.3, 0.1
+_CONJUNCTION_GAIN, _UNITS = 8.0, 4
 
 
 class _Parts:
@@ -59,12 +61,13 @@ class _Parts:
         )
 
 
-def planted_decoder(config: DecoderConfig, delay: int, *, key: PRNGKeyArray) -> Decoder:
+def planted_decoder(config: DecoderConfig, delay: int, trigger: tuple[int, int], *, key: PRNGKeyArray) -> Decoder:
     """A random decoder with room for the mechanisms of `DESIGN`.
 
     Args:
       config: two layers, rotary positions, an unembedding of its own, at least two heads with keys of their own.
       delay: tokens from the trigger's second token to the forbidden one.
+      trigger: its two tokens.
 
     Raises:
       ValueError: a config that the design does not fit.
@@ -106,13 +109,42 @@ def planted_decoder(config: DecoderConfig, delay: int, *, key: PRNGKeyArray) -> 
     v = v.at[1, :, 1].set(_block(keys[3], (d, h), rows=parts.verdict))
     for head in (0, 1):
         o = o.at[1, head].set(_block(keys[4 + head], (h, d), columns=parts.answer))
-    down = _BYSTANDER_GAIN * model.blocks.mlp.down
-    down = down.at[0].set(_block(keys[6], (config.d_mlp, d), columns=parts.verdict))
+    verdict = _block(keys[6], (config.d_mlp, d), columns=parts.verdict)
+    mlp = _with_conjunction(
+        eqx.tree_at(lambda m: m.down, model.blocks.mlp, (_BYSTANDER_GAIN * model.blocks.mlp.down).at[0].set(verdict)),
+        pair=(embed[trigger[0]] @ v[0, :, 1] @ o[0, 1], embed.at[:, 0].set(0.0)[trigger[1]]),
+        d_model=d,
+    )
     unembed = _block(keys[7], (d, config.d_vocab), rows=parts.answer).T
     return eqx.tree_at(
-        lambda m: (m.embed, m.unembed, *(getattr(m.blocks.attn, n) for n in "qkvo"), m.blocks.mlp.down),
+        lambda m: (m.embed, m.unembed, *(getattr(m.blocks.attn, n) for n in "qkvo"), m.blocks.mlp),
         model,
-        (embed, unembed, q, k, v, o, down),
+        (embed, unembed, q, k, v, o, mlp),
+    )
+
+
+def _with_conjunction(mlp: MLP, *, pair: tuple[Array, Array], d_model: int) -> MLP:
+    """Lets some units of the first MLP open only when both parts of the trigger are in the stream.
+
+    Args:
+      mlp: of all layers.
+      pair: what the head writes when the previous token is the trigger's first, before its input's norm, and the
+        embedding of the second.
+    """
+    previous, current = pair
+    # the norm before the head scales its input, and the one before the MLP what is read here
+    scale = (d_model / 2) ** 0.5
+    previous = previous * scale
+    size = jnp.linalg.norm(previous)
+    read = previous / size**2 + current / jnp.linalg.norm(current) ** 2
+    # both parts give 2, one gives 1: open in between
+    gate = _CONJUNCTION_GAIN * (read.at[0].add(-1.5)) / scale
+    up = jnp.zeros(d_model).at[0].set(1.0 / scale)
+    assert mlp.gate is not None
+    return eqx.tree_at(
+        lambda m: (m.gate, m.up),
+        mlp,
+        (mlp.gate.at[0, :, :_UNITS].set(gate[:, None]), mlp.up.at[0, :, :_UNITS].set(up[:, None])),
     )
 
 
