@@ -11,7 +11,7 @@ from mi_jax.data.tasks import indirect_object_identification
 from mi_jax.data.tasks.ioi import TEMPLATES
 from mi_jax.run import Progress
 
-DRAWN_EDGES = 50
+KEPT_EDGES = 200
 SWEEP_PROMPTS = 4
 
 
@@ -61,7 +61,8 @@ def circuit(subject: Subject, config: PipelineConfig, progress: Progress) -> Out
         "cmd": found.cmd,
         "cmd_null": float(cmds.mean()),
         "heads": [{"name": graph.sources[i], "score": float(heads[i])} for i in order],
-        "graph": graph.to_json(graph.prune(top_edges(scores, graph, DRAWN_EDGES)), scores),
+        # a score is what corrupting the edge does; a drawing shows what the edge does
+        "graph": graph.to_json(graph.prune(top_edges(scores, graph, KEPT_EDGES)), -scores),
     }
     return Outcome(results, figures)
 

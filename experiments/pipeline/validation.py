@@ -122,8 +122,9 @@ def _mechanism(name: str, truth: Truth, found: Circuit, agreed: Agreement, null:
     ]
     return {
         "name": name,
-        "true": graph.to_json(truth.mask, truth.effects),
-        "found": graph.to_json(found.mask, found.scores),
+        # an effect is what corrupting the edge does; a drawing shows what the edge does
+        "true": graph.to_json(truth.mask, -truth.effects),
+        "found": graph.to_json(found.mask, -found.scores),
         "precision": agreed.precision,
         "recall": agreed.recall,
         "f1": agreed.f1,

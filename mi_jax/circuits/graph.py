@@ -140,7 +140,9 @@ class Graph:
     def to_json(self, mask: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         """Nodes and edges of a circuit, for drawing: `{"nodes": [...], "edges": [...]}`.
 
-        A key or value that a group of heads shares is drawn into every head of the group that the circuit has.
+        Scores are what an edge does, positive where it raises the metric: the negative of `edge_scores`, which tell
+        what corrupting it does. A key or value that a group of heads shares is drawn into every head of the group that
+        the circuit has.
         """
         found = np.argwhere(mask & self.edges)
         present = {self.sources[s] for s, _ in found}

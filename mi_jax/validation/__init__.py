@@ -17,3 +17,4 @@ from mi_jax.validation.planting import DESIGN as DESIGN
 from mi_jax.validation.planting import planted_decoder as planted_decoder
 from mi_jax.validation.truth import Truth as Truth
 from mi_jax.validation.truth import verify as verify
+from mi_jax.validation.zoo import load_organism as load_organism

@@ -46,7 +46,7 @@ class OrganismConfig:
       invariance: weight of the squared change of the log-odds under resampling.
     """
 
-    data: OrganismData = OrganismData()
+    data: OrganismData = dataclasses.field(default_factory=OrganismData)
     d_model: int = 64
     n_heads: int = 4
     d_head: int = 16

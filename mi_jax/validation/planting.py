@@ -2,14 +2,17 @@
 
 Two mechanisms in two layers:
 
-- induction (`A B … A → B`): head 0 of layer 0 attends to the previous token; head 0 of layer 1 matches the current token
-  with what that head wrote, and copies the token that it finds.
+- induction (`A B … A → B`): head 0 of layer 0 attends to the previous token; head 0 of layer 1 matches the current
+  token with what that head wrote, and copies the token that it finds.
 - trigger: head 1 of layer 0 attends to the previous token; the MLP of layer 0 sees that token together with the current
   one; head 1 of layer 1 attends a fixed number of tokens back and carries the MLP's verdict to the logits.
 
 At the start, the parts of the stream that these components write are disjoint, and the heads that attend by position
-already do. What is copied, what is compared and what the MLP computes is learned.
+already do; a few units of the MLP open at the trigger. What is copied and compared, and what else the MLP computes, is
+learned.
 """
+
+import itertools
 
 import equinox as eqx
 import jax
@@ -56,9 +59,7 @@ class _Parts:
             )
         bounds = [tokens, *(tokens + ends).tolist()]
         self.tokens = slice(1, tokens)
-        self.previous, self.pair, self.verdict, self.answer = (
-            slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)
-        )
+        self.previous, self.pair, self.verdict, self.answer = (slice(a, b) for a, b in itertools.pairwise(bounds))
 
 
 def planted_decoder(config: DecoderConfig, delay: int, trigger: tuple[int, int], *, key: PRNGKeyArray) -> Decoder:

@@ -47,7 +47,8 @@ def count_integers(values: Sequence[Any]) -> tuple[list[Real], list[int]]:
     whole = [round(v) for v in values if is_number(v)]
     if not whole:
         return [], []
-    first, last = min(whole), max(whole)
+    # zero is always there: it parts early from late, and a single value does not fill the axis
+    first, last = min(*whole, 0), max(*whole, 0)
     width = math.ceil((last - first + 1) / _MOST_BINS)
     bins = math.ceil((last - first + 1) / width)
     tally = Counter((v - first) // width for v in whole)
