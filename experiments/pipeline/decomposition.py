@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
 import jax
@@ -82,13 +83,14 @@ def decomposition(subject: Subject, config: PipelineConfig, progress: Progress) 
     schedule = TrainConfig(steps=config.sae_steps, batch_size=config.sae_batch, massive_ratio=None)
     keys = jax.random.split(jax.random.key(config.seed), 4)
 
-    def show(start: float, width: float, note: str):
-        return lambda _, metrics: progress(start + width * metrics["step"] / schedule.steps, note)
+    def show(_, metrics):
+        progress(0.3 + 0.5 * metrics["step"] / schedule.steps, "training the dictionary and its null")
 
-    sae, history = fit(train, sae_config, schedule, key=keys[0], progress=show(0.3, 0.28, "training the dictionary"))
-    null, _ = fit_random_decoder(
-        train, sae_config, schedule, key=keys[1], progress=show(0.58, 0.22, "training the null, a frozen decoder")
-    )
+    # both at once: half of a step, the scatter of its gradients, runs on one core
+    with ThreadPoolExecutor(2) as pool:
+        null_fit = pool.submit(fit_random_decoder, train, sae_config, schedule, key=keys[1])
+        sae, history = fit(train, sae_config, schedule, key=keys[0], progress=show)
+        null, _ = null_fit.result()
     candidates = {
         "dictionary": sae,
         "random frozen decoder": null,

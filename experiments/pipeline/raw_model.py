@@ -107,7 +107,7 @@ def _parity(subject: Subject) -> dict:
 
 def _task_rows(results: dict) -> list[dict]:
     names = {
-        "model.ioi_accuracy": ("IOI", "accuracy, answer above the other name"),
+        "model.ioi_accuracy": ("IOI, the answer above the other name", "accuracy"),
         "model.ioi_logit_difference": ("IOI", "logit difference"),
         "model.agreement_simple": ("Agreement", "accuracy"),
         "model.agreement_attractor": ("Agreement with an attractor", "accuracy"),

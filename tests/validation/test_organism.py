@@ -1,0 +1,95 @@
+"""Edge dropout against the masked forward, the planted start, checkpoints, and the truth of the shipped organism."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mi_jax as mi
+from mi_jax.circuits import Graph, masked_forward, source_outputs
+from mi_jax.data.organism_data import OrganismData, trigger_batch
+from mi_jax.models import DecoderConfig, init_decoder
+from mi_jax.validation import (
+    OrganismConfig,
+    load_organism,
+    organism_arrays,
+    organism_from_arrays,
+    planted_decoder,
+    resampled_forward,
+    train_organism,
+    verify,
+)
+
+TINY = OrganismConfig(data=OrganismData(length=16, periods=(4, 8)), steps=4, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return load_organism()
+
+
+def test_resampling_an_edge_is_patching_it_from_the_example_before():
+    config = DecoderConfig(
+        n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_head=8, d_mlp=12, d_vocab=20, n_ctx=8, tied=False
+    )
+    model = init_decoder(config, key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (3, 6), 0, 20)
+    graph = Graph.of(config)
+    chosen = jax.random.bernoulli(jax.random.key(2), 0.4, graph.edges.shape) & jnp.asarray(graph.edges)
+    edges = chosen.astype(jnp.float32)
+
+    # in a run with resampled edges, what the other example writes is itself from such a run: apply it to both
+    got = jax.jit(resampled_forward)(model, tokens, edges)
+    plain = jax.jit(resampled_forward)(model, tokens, jnp.zeros_like(edges))
+    np.testing.assert_allclose(plain, mi.jit(model)(tokens), atol=1e-5)
+    # only edges from the input: these are the same in both runs, so the masked forward is an independent reference
+    from_input = edges.at[1:].set(0.0)
+    patch = jnp.roll(source_outputs(model, tokens), 1, axis=1)
+    reference = jax.jit(masked_forward)(model, tokens, from_input, patch)
+    np.testing.assert_allclose(jax.jit(resampled_forward)(model, tokens, from_input), reference, atol=1e-5)
+    assert float(jnp.abs(got - plain).max()) > 1e-3
+
+
+def test_positional_heads_look_where_they_should_before_any_training():
+    config = OrganismConfig()
+    data = config.data
+    model = planted_decoder(config.decoder, data.delay, (data.first, data.second), key=jax.random.key(3))
+    tokens = trigger_batch(data, 4, key=jax.random.key(4)).tokens
+    pattern = np.asarray(mi.jit(mi.capture(model, "attn.pattern"))(tokens)[1]["attn.pattern"])
+    for layer, head, offset in ((0, 0, 1), (0, 1, 1), (1, 1, data.delay - 1)):
+        along = np.diagonal(pattern[layer, :, head], -offset, axis1=1, axis2=2)
+        assert along.mean() > 0.5, (layer, head)
+
+
+def test_a_design_that_does_not_fit_is_refused():
+    config = DecoderConfig(n_layers=3, d_model=64, n_heads=4, n_kv_heads=4, d_head=16, d_mlp=64, d_vocab=64, n_ctx=32)
+    with pytest.raises(ValueError, match="laid out for two layers"):
+        planted_decoder(config, 4, (61, 62), key=jax.random.key(0))
+
+
+def test_training_is_deterministic_and_a_checkpoint_holds_all_of_it():
+    first, second = (train_organism(TINY, key=jax.random.key(7)) for _ in range(2))
+    again = organism_from_arrays(organism_arrays(first))
+    assert again.config == TINY
+    for other in (second, again):
+        np.testing.assert_array_equal(other.losses, first.losses)
+        for a, b in zip(jax.tree.leaves(first.model), jax.tree.leaves(other.model), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_an_incomplete_checkpoint_is_named():
+    arrays = organism_arrays(train_organism(TINY, key=jax.random.key(7)))
+    with pytest.raises(ValueError, match="'organism.config' is missing"):
+        organism_from_arrays({})
+    del arrays["organism.model.embed"]
+    with pytest.raises(ValueError, match="organism.model.embed"):
+        organism_from_arrays(arrays)
+
+
+@pytest.mark.parametrize("mechanism", ["induction", "trigger"])
+def test_exactly_the_designed_edges_matter(organism, mechanism):
+    task = organism.tasks(16, key=jax.random.key(11))[mechanism]
+    truth = verify(organism.model, task, organism.designed(mechanism))
+    assert truth.as_designed, (truth.idle, truth.stray)
+    assert truth.weakest_designed > 5 * truth.strongest_other
+    assert truth.faithfulness == pytest.approx(1.0, abs=0.1)
