@@ -79,10 +79,10 @@ def test_training_is_deterministic_and_a_checkpoint_holds_all_of_it():
 
 def test_an_incomplete_checkpoint_is_named():
     arrays = organism_arrays(train_organism(TINY, key=jax.random.key(7)))
-    with pytest.raises(ValueError, match="'organism.config' is missing"):
+    with pytest.raises(ValueError, match=r"'organism\.config' is missing"):
         organism_from_arrays({})
     del arrays["organism.model.embed"]
-    with pytest.raises(ValueError, match="organism.model.embed"):
+    with pytest.raises(ValueError, match=r"organism\.model\.embed"):
         organism_from_arrays(arrays)
 
 
