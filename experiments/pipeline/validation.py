@@ -29,11 +29,11 @@ SHOWN_EFFECTS = 16
 def validation(config: PipelineConfig, progress: Progress) -> Outcome:
     """Trains the organism, establishes its truth by exhaustive ablation, and searches without it."""
     k_train, k_behaviour, k_truth, k_search = jax.random.split(jax.random.key(config.seed + 200), 4)
-    organism = train_organism(
-        OrganismConfig(steps=config.organism_steps),
-        key=k_train,
-        progress=lambda f, note="": progress(0.6 * f, f"training the organism, {note}"),
-    )
+
+    def training(fraction: float, note: str = "") -> None:
+        progress(0.6 * fraction, f"training the organism, {note}")
+
+    organism = train_organism(OrganismConfig(steps=config.organism_steps), key=k_train, progress=training)
     does = behaviour(organism, key=k_behaviour)
     results = {
         "organism.induction_accuracy": does.induction_accuracy,

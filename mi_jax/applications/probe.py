@@ -1,8 +1,8 @@
-"""A linear probe: logistic regression on activations, and the direction along which the activations themselves vary.
+"""A linear probe: logistic regression on activations, and the direction along which the two classes differ.
 
-The weights `w` say how to read a concept; the pattern `Σw / wᵀΣw` says how the activations move when the score moves by
-one (Haufe et al. 2014, "On the interpretation of weight vectors of linear models", Theorem 1). To read use the first,
-to intervene use the second.
+The weights say how to read a concept: they cancel what is common to both classes. They do not say how the activations
+change with it (Haufe et al. 2014, "On the interpretation of weight vectors of linear models"). That is the difference
+of the class means, which is what to intervene along (Marks and Tegmark 2023, "The geometry of truth", §4).
 """
 
 from functools import partial
@@ -14,7 +14,11 @@ from jaxtyping import Array, Bool, Float
 
 
 class Probe(eqx.Module):
-    """Log-odds of a concept, `x · weight + bias`."""
+    """Log-odds of a concept, `x · weight + bias`.
+
+    Attributes:
+      pattern: difference of the class means, scaled so that a step along it raises the score by one.
+    """
 
     weight: Float[Array, " d_model"]
     bias: Float[Array, ""]
@@ -47,6 +51,5 @@ def fit_probe(
 
     w = jax.lax.fori_loop(0, iterations, newton, jnp.zeros(z.shape[1], x.dtype))
     weight = w[:-1] / scale
-    centred = x - mean[None, :]
-    covariance_weight = centred.T @ (centred @ weight) / len(y)
-    return Probe(weight, w[-1] - mean @ weight, covariance_weight / (weight @ covariance_weight))
+    difference = y @ x / y.sum() - (1 - y) @ x / (1 - y).sum()
+    return Probe(weight, w[-1] - mean @ weight, difference / (weight @ difference))

@@ -47,7 +47,7 @@ class Null:
     n: int
 
 
-def agreement(found: Edges, true: Edges) -> Agreement:
+def agreement(found: np.ndarray, true: np.ndarray) -> Agreement:
     """Counts edges in common.
 
     Raises:

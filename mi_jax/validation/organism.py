@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.data.organism_data import (
@@ -116,7 +116,8 @@ def train_organism(config: OrganismConfig, *, key: PRNGKeyArray, progress: Progr
     """Trains an organism; the same key gives the same one. About 40 seconds on 2 cores."""
     k_init, k_steps = jax.random.split(key)
     model = planted_decoder(config.decoder, config.data.delay, (config.data.first, config.data.second), key=k_init)
-    state, keys = _optimizer(config).init(model), jax.random.split(k_steps, config.steps)
+    state = _optimizer(config).init(eqx.filter(model, eqx.is_array))
+    keys = jax.random.split(k_steps, config.steps)
     losses = []
     for start in range(0, config.steps, _STEPS_PER_CALL):
         steps = jnp.arange(start, min(start + _STEPS_PER_CALL, config.steps), dtype=jnp.int32)
@@ -138,7 +139,7 @@ def _optimizer(config: OrganismConfig) -> optax.GradientTransformation:
 
 @eqx.filter_jit
 def _train(
-    config: OrganismConfig, model: Decoder, state: optax.OptState, keys: PRNGKeyArray, steps: Int[Array, " step"]
+    config: OrganismConfig, model: Decoder, state: optax.OptState, keys: Key[Array, " step"], steps: Int[Array, " step"]
 ):
     optimizer = _optimizer(config)
 
@@ -150,7 +151,7 @@ def _train(
         # optax raises b2 to the power of an integer count, which strict dtype promotion would refuse
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradient, state, model)
-        return (optax.apply_updates(model, updates), state), loss
+        return (eqx.apply_updates(model, updates), state), loss
 
     (model, state), losses = jax.lax.scan(one, (model, state), (keys, steps))
     return model, state, losses

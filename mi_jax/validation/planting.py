@@ -111,8 +111,10 @@ def planted_decoder(config: DecoderConfig, delay: int, trigger: tuple[int, int],
     for head in (0, 1):
         o = o.at[1, head].set(_block(keys[4 + head], (h, d), columns=parts.answer))
     verdict = _block(keys[6], (config.d_mlp, d), columns=parts.verdict)
+    assert model.blocks.mlp is not None
+    down = (_BYSTANDER_GAIN * model.blocks.mlp.down).at[0].set(verdict)
     mlp = _with_conjunction(
-        eqx.tree_at(lambda m: m.down, model.blocks.mlp, (_BYSTANDER_GAIN * model.blocks.mlp.down).at[0].set(verdict)),
+        eqx.tree_at(lambda m: m.down, model.blocks.mlp, down),
         pair=(embed[trigger[0]] @ v[0, :, 1] @ o[0, 1], embed.at[:, 0].set(0.0)[trigger[1]]),
         d_model=d,
     )
@@ -164,7 +166,7 @@ def _positional(config: DecoderConfig, offset: int) -> tuple[Array, Array]:
     query = np.concatenate([fast, np.zeros_like(fast)])
     key = np.concatenate([fast * np.cos(frequency * offset), fast * np.sin(frequency * offset)])
     empty = jnp.zeros((config.d_model, config.d_head))
-    return tuple(empty.at[0].set(jnp.asarray(row, jnp.float32)) for row in (query, key))
+    return empty.at[0].set(jnp.asarray(query, jnp.float32)), empty.at[0].set(jnp.asarray(key, jnp.float32))
 
 
 def _block(
