@@ -2,8 +2,9 @@
 
     python -m experiments.pipeline --workdir=runs/pipeline
 
-About 8 minutes and 4 GB on 2 CPU cores. The same command again resumes after the last finished stage. It writes
-`results.json` and `report.html` into the workdir. `--config.smoke=true` runs everything at sizes that mean nothing.
+About 6 minutes and 4 GB on 2 CPU cores. The same command again resumes after the last
+finished stage. It writes `results.json` and `report.html` into the workdir; the figures to expect are those of the
+README's table. `--config.smoke=true` runs everything at sizes that mean nothing.
 """
 
 from experiments.pipeline.config import PipelineConfig

@@ -66,11 +66,11 @@ class Run:
     def stages(self) -> list[Stage]:
         config, load = self.config, self.workdir.load_arrays
         makers: list[tuple[str, str, float, Callable[[Progress], Outcome]]] = [
-            ("raw_model", "raw model", 30, lambda p: raw_model(self.subject, config, p)),
+            ("raw_model", "raw model", 20, lambda p: raw_model(self.subject, config, p)),
             ("decomposition", "decomposition", 220, lambda p: decomposition(self.subject, config, p)),
-            ("features", "features", 25, lambda p: features(self.subject, load("decomposition"), config, p)),
-            ("circuit", "circuit", 70, lambda p: circuit(self.subject, config, p)),
-            ("validation", "validation", 90, lambda p: validation(config, p)),
+            ("features", "features", 10, lambda p: features(self.subject, load("decomposition"), config, p)),
+            ("circuit", "circuit", 50, lambda p: circuit(self.subject, config, p)),
+            ("validation", "validation", 50, lambda p: validation(config, p)),
             ("application", "application", 20, lambda p: application(load("validation"), config, p)),
         ]
         return [Stage(name, title, self._kept(name, make), seconds) for name, title, seconds, make in makers]
