@@ -37,11 +37,14 @@ class OrganismData:
 
     def __post_init__(self):
         low, high = self.periods
-        if not 2 <= low <= high < self.length:
-            raise ValueError(f"periods must be 2 ≤ low ≤ high < length={self.length}, got {self.periods}")
-        if self.d_vocab - 3 < high + 1:
+        # the two prompts of an induction pair have different periods and no token in common
+        if not 2 <= low <= high - 2 <= self.length - 4:
             raise ValueError(
-                f"d_vocab={self.d_vocab} leaves {self.d_vocab - 3} ordinary tokens; period {high} needs more"
+                f"periods must be 2 ≤ low ≤ high − 2 and high ≤ length − 2 = {self.length - 2}, got {self.periods}"
+            )
+        if self.n_ordinary < 2 * high:
+            raise ValueError(
+                f"d_vocab={self.d_vocab} leaves {self.n_ordinary} ordinary tokens; period {high} needs {2 * high}"
             )
         if self.delay < 1 or self.length < self.delay + _LARGEST_GAP + 4:
             raise ValueError(f"length={self.length} does not hold a trigger and what comes {self.delay} tokens later")

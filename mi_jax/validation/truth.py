@@ -15,7 +15,7 @@ from mi_jax.core.transforms import jit
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
-THRESHOLD = 0.1
+THRESHOLD = 0.05
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,13 +60,13 @@ def test_deviations_from_the_design_are_named(organism):
     assert (truth.weakest_designed, truth.strongest_other) == (0.5, 0.0)
 
     effects = effects.copy()
-    effects[graph.index("input->a0.h0<v>")] = -0.05
+    effects[graph.index("input->a0.h0<v>")] = -0.02
     effects[graph.index("m1->logits")] = 0.3
     truth = dataclasses.replace(truth, effects=effects)
     assert not truth.as_designed
     assert truth.idle == ["input->a0.h0<v>"]
     assert truth.stray == ["m1->logits"]
-    assert (truth.weakest_designed, truth.strongest_other) == (0.05, 0.3)
+    assert (truth.weakest_designed, truth.strongest_other) == (0.02, 0.3)
 
 
 def test_the_search_finds_both_mechanisms_without_being_told(organism, tasks):
