@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+
+from mi_jax.decomposition.sae import SAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,3 +29,15 @@ class Codes:
         """Fraction of tokens at which each latent fires, position 0 left out."""
         fired = self.indices[:, 1:][self.values[:, 1:] > 0]
         return np.bincount(fired, minlength=d_sae) / (self.tokens.size - len(self.tokens))
+
+
+def encode_contexts(sae: SAE, stream: Float[np.ndarray, "context pos d_model"], tokens: np.ndarray) -> Codes:
+    """Codes of a captured stream, in chunks; position 0 is set to zero."""
+    values, indices = [], []
+    for start in range(0, len(stream), 64):
+        v, i = sae.encode_sparse(jnp.asarray(stream[start : start + 64]))
+        values.append(np.array(v))
+        indices.append(np.array(i))
+    all_values = np.concatenate(values)
+    all_values[:, 0] = 0
+    return Codes(tokens, all_values, np.concatenate(indices))

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -78,15 +77,3 @@ def token_effects(model: Decoder, sae: SAE, latent: int, *, n: int) -> tuple[lis
         [(int(i), float(logits[i])) for i in order[::-1][:n]],
         [(int(i), float(logits[i])) for i in order[:n]],
     )
-
-
-def encode_contexts(sae: SAE, stream: Float[np.ndarray, "context pos d_model"], tokens: np.ndarray) -> Codes:
-    """Codes of a captured stream, in chunks; position 0 is set to zero."""
-    values, indices = [], []
-    for start in range(0, len(stream), 64):
-        v, i = sae.encode_sparse(jnp.asarray(stream[start : start + 64]))
-        values.append(np.array(v))
-        indices.append(np.array(i))
-    all_values = np.concatenate(values)
-    all_values[:, 0] = 0
-    return Codes(tokens, all_values, np.concatenate(indices))

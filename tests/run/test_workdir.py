@@ -87,6 +87,8 @@ def test_a_folder_that_cannot_be_told_is_refused(tmp_path, name, content, messag
 def test_a_job_log_in_a_new_folder_does_no_harm(tmp_path):
     (tmp_path / "slurm-1.out").write_text("starting")
     Workdir.open(tmp_path, Config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "slurm-1.out"]
+    assert (tmp_path / "slurm-1.out").read_text() == "starting"
 
 
 def test_a_file_in_the_folders_place_is_named(tmp_path):

@@ -1,21 +1,18 @@
-"""Edge dropout against the masked forward, the planted start, checkpoints, and the truth of the shipped organism."""
+"""The planted start, checkpoints, and the truth of the shipped organism."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mi_jax as mi
-from mi_jax.circuits import Graph, masked_forward, source_outputs
 from mi_jax.data.organism_data import OrganismData, trigger_batch
-from mi_jax.models import DecoderConfig, init_decoder
+from mi_jax.models import DecoderConfig
 from mi_jax.validation import (
     OrganismConfig,
     load_organism,
     organism_arrays,
     organism_from_arrays,
     planted_decoder,
-    resampled_forward,
     train_organism,
     verify,
 )
@@ -26,28 +23,6 @@ TINY = OrganismConfig(data=OrganismData(length=16, periods=(4, 8)), steps=4, bat
 @pytest.fixture(scope="module")
 def organism():
     return load_organism()
-
-
-def test_resampling_an_edge_is_patching_it_from_the_example_before():
-    config = DecoderConfig(
-        n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_head=8, d_mlp=12, d_vocab=20, n_ctx=8, tied=False
-    )
-    model = init_decoder(config, key=jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (3, 6), 0, 20)
-    graph = Graph.of(config)
-    chosen = jax.random.bernoulli(jax.random.key(2), 0.4, graph.edges.shape) & jnp.asarray(graph.edges)
-    edges = chosen.astype(jnp.float32)
-
-    # in a run with resampled edges, what the other example writes is itself from such a run: apply it to both
-    got = jax.jit(resampled_forward)(model, tokens, edges)
-    plain = jax.jit(resampled_forward)(model, tokens, jnp.zeros_like(edges))
-    np.testing.assert_allclose(plain, mi.jit(model)(tokens), atol=1e-5)
-    # only edges from the input: these are the same in both runs, so the masked forward is an independent reference
-    from_input = edges.at[1:].set(0.0)
-    patch = jnp.roll(source_outputs(model, tokens), 1, axis=1)
-    reference = jax.jit(masked_forward)(model, tokens, from_input, patch)
-    np.testing.assert_allclose(jax.jit(resampled_forward)(model, tokens, from_input), reference, atol=1e-5)
-    assert float(jnp.abs(got - plain).max()) > 1e-3
 
 
 def test_positional_heads_look_where_they_should_before_any_training():
