@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from mi_jax.core.edits import AblateMean, AblateResample, Edit, Transform
+from mi_jax.core.edits import Edit, Place, Transform
 from mi_jax.core.index import Each, check_places, index_axis, selection
 from mi_jax.core.sites import LAYER, Site, SiteError, SiteTable
 
@@ -46,11 +46,12 @@ def check(edit: Edit, table: SiteTable) -> Edit:
         if sized and not isinstance(value, Each | jax.core.Tracer):
             for one in np.asarray(value).reshape(-1).tolist():
                 table.check_index(site, axis, one)
-    if is_stacked(edit, site) and edit.operand.shape[0] != table.size(LAYER):
-        raise SiteError(
-            f"the value for site {site.name!r} has {edit.operand.shape[0]} layers, {table.model} has "
-            f"{table.size(LAYER)}; capture all layers, or pass one layer's value with layer=…"
-        )
+    for leaf in jax.tree.leaves(split(edit, site)[0]):
+        if leaf.shape[0] != table.size(LAYER):
+            raise SiteError(
+                f"the value for site {site.name!r} has {leaf.shape[0]} layers, {table.model} has "
+                f"{table.size(LAYER)}; capture all layers, or pass one layer's value with layer=…"
+            )
     return dataclasses.replace(edit, site=site.name)
 
 
@@ -65,9 +66,9 @@ def check_positions(tree: Any, n_pos: int) -> None:
             check_places(edit.site, "pos", edit.index.pos, n_pos)
 
 
-def is_stacked(edit: Edit, site: Site) -> bool:
-    """Whether the operand has a leading layer axis, that is, the rank of the whole site."""
-    return site.layered and eqx.is_array(edit.operand) and edit.operand.ndim == len(site.axes)
+def split(edit: Edit, site: Site) -> tuple[Any, Any]:
+    """The operand in two trees: the leaves with a leading layer axis, and the others."""
+    return eqx.partition(edit.operand, edit.stacked(site))
 
 
 def apply(
@@ -81,41 +82,21 @@ def apply(
     """The site's value after one edit; `operand` and `x` belong to one layer, `mask` is True at real tokens."""
     for name in edit.each_axes():
         raise SiteError(f"site {site.name!r}: mi.each on {name!r} marks an axis of a sweep; use mi.sweep")
-    if isinstance(edit, AblateMean):
-        operand = _mean(x, site, mask)
-    if isinstance(edit, AblateResample) and x.shape[0] < 2:
-        raise SiteError(f"site {site.name!r}: baseline 'resample' takes another example, the batch has {x.shape[0]}")
     chosen_layer = None if edit.index.layer is None else jnp.any(layer == edit.index.layer)
+    selected = selection(edit.index, x, site)
+    if chosen_layer is not None:
+        selected = chosen_layer if selected is None else selected & chosen_layer
+    operand = edit.prepare(operand, x, Place(site, layer, mask, selected))
     if isinstance(edit, Transform) and chosen_layer is not None:
         new = jax.lax.cond(chosen_layer, lambda v: _new_value(edit, operand, v), lambda v: v, x)
     else:
         new = _new_value(edit, operand, x)
-    selected = selection(edit.index, x, site)
-    if chosen_layer is not None:
-        selected = chosen_layer if selected is None else selected & chosen_layer
     if selected is None:
         return new
     return jnp.where(jnp.broadcast_to(selected, x.shape), new, x)
 
 
-def _mean(x: Array, site: Site, mask: Array | None) -> Array:
-    """Mean over the examples, and over the real positions where the site has one value a position."""
-    if "pos" not in site.slice_axes:
-        return x.mean(0, keepdims=True)
-    weight = jnp.ones(x.shape[:2], x.dtype) if mask is None else mask.astype(x.dtype)
-    total = (x * weight.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))).sum((0, 1), keepdims=True)
-    return total / weight.sum()
-
-
 def _new_value(edit: Edit, operand: Any, x: Array) -> Array:
-    if eqx.is_array(operand) and not jnp.issubdtype(operand.dtype, jax.dtypes.prng_key):
-        try:
-            operand = jnp.broadcast_to(operand, x.shape).astype(x.dtype)
-        except ValueError:
-            raise SiteError(
-                f"the value for site {edit.site!r} has shape {operand.shape}, which does not broadcast against "
-                f"{x.shape}, the site in one layer"
-            ) from None
     new = edit.new(x, operand)
     if new.shape != x.shape:
         raise SiteError(f"the edit of site {edit.site!r} gave shape {new.shape} instead of {x.shape}")

@@ -6,7 +6,7 @@ recompile; the set of edited sites is static.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -14,7 +14,23 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mi_jax.core.index import Each, Index
-from mi_jax.core.sites import SiteError
+from mi_jax.core.sites import Site, SiteError
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an edit is being applied: one layer of one run.
+
+    Attributes:
+      layer: traced; None outside the layers.
+      mask: `[batch pos]`, True at real tokens; None means all are.
+      selected: where the edit applies, broadcasts against the site; None means everywhere.
+    """
+
+    site: Site
+    layer: Any = None
+    mask: Any = None
+    selected: Any = None
 
 
 class Edit(eqx.Module):
@@ -24,8 +40,19 @@ class Edit(eqx.Module):
     index: Index
     operand: Any
 
+    # whether the new value at a position depends on no other position
+    pointwise: ClassVar[bool] = True
+
     def new(self, x: Array, operand: Any) -> Array:
         raise NotImplementedError(type(self).__name__)
+
+    def prepare(self, operand: Any, x: Array, place: Place) -> Any:
+        """The operand as `new` takes it; here, an array that broadcasts against the site in one layer."""
+        return value_at(operand, x, place)
+
+    def stacked(self, site: Site) -> Any:
+        """Which leaves of the operand have a leading layer axis: here, those with the rank of the whole site."""
+        return jax.tree.map(lambda leaf: has_layers(leaf, site), self.operand)
 
     def each_axes(self) -> tuple[str, ...]:
         """Index names that are marked with `mi.each`."""
@@ -34,6 +61,32 @@ class Edit(eqx.Module):
     def placed(self, **index) -> "Edit":
         """The same edit at other indices."""
         return dataclasses.replace(self, index=self.index.replace(**index))
+
+
+def has_layers(leaf: Any, site: Site, rank: int | None = None) -> bool:
+    """Whether an operand has a leading layer axis, that is, the rank of the whole site (or `rank`)."""
+    return site.layered and eqx.is_array(leaf) and leaf.ndim == (len(site.axes) if rank is None else rank)
+
+
+def value_at(operand: Any, x: Array, place: Place) -> Array:
+    """A value in the shape of the site in one layer, 0 where the edit does not apply.
+
+    So a NaN where the edit does not apply reaches neither the result nor, as 0 · NaN, a gradient.
+
+    Raises:
+      SiteError: the value does not broadcast against the site.
+    """
+    operand = jnp.asarray(operand)
+    try:
+        value = jnp.broadcast_to(operand, x.shape).astype(x.dtype)
+    except ValueError:
+        raise SiteError(
+            f"the value for site {place.site.name!r} has shape {operand.shape}, which does not broadcast against "
+            f"{x.shape}, the site in one layer"
+        ) from None
+    if place.selected is None:
+        return value
+    return jnp.where(jnp.broadcast_to(place.selected, x.shape), value, jnp.zeros_like(value))
 
 
 class Patch(Edit):
@@ -57,15 +110,56 @@ class Scale(Edit):
         return x * operand
 
 
+class Noise(Edit):
+    """Adds normal noise; the operand is the standard deviation and a key, another draw in every layer."""
+
+    def stacked(self, site):
+        return (False, False)
+
+    def prepare(self, operand, x, place):
+        std, key = operand
+        key = key if place.layer is None else jax.random.fold_in(key, place.layer)
+        return value_at(std, x, place) * jax.random.normal(key, x.shape, x.dtype)
+
+    def new(self, x, operand):
+        return x + operand
+
+
 class AblateMean(Edit):
-    """Replaces the value by its mean over the run, which `apply` passes as the operand."""
+    """Replaces the value by its mean over the examples and the real positions of the run."""
+
+    pointwise: ClassVar[bool] = False
+    mean_axes: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def prepare(self, operand, x, place):
+        if "pos" not in place.site.slice_axes:
+            return jnp.broadcast_to(x.mean(0, keepdims=True), x.shape)
+        weight = jnp.ones(x.shape[:2], x.dtype) if place.mask is None else place.mask.astype(x.dtype)
+        total = (x * weight.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))).sum(self.mean_axes, keepdims=True)
+        # where no example has a token there is no mean, and nobody reads it
+        count = jnp.maximum(weight.sum(self.mean_axes, keepdims=True), 1)
+        return jnp.broadcast_to(total / count.reshape(*count.shape, *(1,) * (x.ndim - 2)), x.shape)
 
     def new(self, x, operand):
         return operand
 
 
+class AblateMeanPerPosition(AblateMean):
+    """Replaces the value by its mean over the examples that have a token at that position."""
+
+    pointwise: ClassVar[bool] = True
+    mean_axes: ClassVar[tuple[int, ...]] = (0,)
+
+
 class AblateResample(Edit):
     """Replaces the value by that of another example of the batch; the operand is a key."""
+
+    def prepare(self, operand, x, place):
+        if x.shape[0] < 2:
+            raise SiteError(
+                f"site {place.site.name!r}: baseline 'resample' takes another example, the batch has {x.shape[0]}"
+            )
+        return operand
 
     def new(self, x, operand):
         # one random cycle through the batch: a plain permutation would leave some examples as they are
@@ -75,6 +169,14 @@ class AblateResample(Edit):
 
 class Transform(Edit):
     """Replaces the value by a function of it; the operand is the function."""
+
+    pointwise: ClassVar[bool] = False
+
+    def stacked(self, site):
+        return jax.tree.map(lambda leaf: False, self.operand)
+
+    def prepare(self, operand, x, place):
+        return operand
 
     def new(self, x, operand):
         return operand(x)
@@ -89,17 +191,25 @@ def patch(site: str, value, *, layer=None, pos=None, head=None, unit=None) -> Pa
         the same places are taken), or an array that broadcasts against the site in one layer.
       layer, pos, head, unit: see `Index`; ints, arrays, tuples, or `mi.each` in a sweep.
     """
-    return Patch(site, Index.of(layer, pos, head, unit), _operand(site, value))
+    return Patch(site, Index.of(layer, pos, head, unit), value_of(site, value))
 
 
 def add(site: str, value, *, layer=None, pos=None, head=None, unit=None) -> Add:
     """Adds `value`; arguments as in `patch`."""
-    return Add(site, Index.of(layer, pos, head, unit), _operand(site, value))
+    return Add(site, Index.of(layer, pos, head, unit), value_of(site, value))
 
 
 def scale(site: str, factor, *, layer=None, pos=None, head=None, unit=None) -> Scale:
     """Multiplies by `factor`; arguments as in `patch`."""
-    return Scale(site, Index.of(layer, pos, head, unit), _operand(site, factor))
+    return Scale(site, Index.of(layer, pos, head, unit), value_of(site, factor))
+
+
+def noise(site: str, std, *, key, layer=None, pos=None, head=None, unit=None) -> Noise:
+    """Adds normal noise of standard deviation `std` (a number, or an array that broadcasts against the site).
+
+    Every layer has its own draw. The source of "corrupt" runs in causal tracing (Meng et al. 2022, section 2.1).
+    """
+    return Noise(site, Index.of(layer, pos, head, unit), (jnp.asarray(std), key))
 
 
 def ablate(site: str, *, baseline="zero", layer=None, pos=None, head=None, unit=None, key=None) -> Edit:
@@ -107,25 +217,28 @@ def ablate(site: str, *, baseline="zero", layer=None, pos=None, head=None, unit=
 
     Args:
       baseline: `"zero"`; `"mean"`, the mean over the examples and the real positions of the run (over the examples
-        only, for attention scores and patterns); `"resample"`, the values of another example of the batch, drawn with
-        `key`, the same one at every layer; or an array, such as a mean over a data set.
+        only, for attention scores and patterns); `"mean_per_position"`, over the examples that have a token there;
+        `"resample"`, the values of another example of the batch, drawn with `key`, the same one at every layer; or an
+        array, such as a mean over a data set.
       key: for `"resample"` only.
 
     Raises:
-      ValueError: an unknown baseline, or `"resample"` without a key.
+      SiteError: an unknown baseline, or `"resample"` without a key.
     """
     index = Index.of(layer, pos, head, unit)
     if not isinstance(baseline, str):
-        return Patch(site, index, _operand(site, baseline))
+        return Patch(site, index, value_of(site, baseline))
     if baseline == "zero":
         return Patch(site, index, jnp.zeros(()))
     if baseline == "mean":
         return AblateMean(site, index, None)
+    if baseline == "mean_per_position":
+        return AblateMeanPerPosition(site, index, None)
     if baseline == "resample":
         if key is None:
-            raise ValueError("ablate(baseline='resample') draws a permutation of the batch: pass key=jax.random.key(…)")
+            raise SiteError("ablate(baseline='resample') draws a permutation of the batch: pass key=jax.random.key(…)")
         return AblateResample(site, index, key)
-    raise ValueError(f"baseline must be 'zero', 'mean', 'resample' or an array, got {baseline!r}")
+    raise SiteError(f"baseline must be 'zero', 'mean', 'mean_per_position', 'resample' or an array, got {baseline!r}")
 
 
 def transform(site: str, fn: Callable[[Array], Array], *, layer=None, pos=None, head=None, unit=None) -> Transform:
@@ -136,7 +249,12 @@ def transform(site: str, fn: Callable[[Array], Array], *, layer=None, pos=None, 
     return Transform(site, Index.of(layer, pos, head, unit), fn)
 
 
-def _operand(site: str, value):
+def value_of(site: str, value) -> Array:
+    """A value as an array; captured activations give that of the site.
+
+    Raises:
+      SiteError: captured activations without that site.
+    """
     if isinstance(value, Mapping):
         if site not in value:
             raise SiteError(f"the captured activations hold {', '.join(value)}, not {site!r}")

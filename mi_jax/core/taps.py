@@ -7,11 +7,12 @@ layers splits the taps first: operands with a leading layer axis are scanned ove
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from mi_jax.core.apply import Taps, apply, is_stacked
+from mi_jax.core.apply import Taps, apply, split
 from mi_jax.core.sites import At, SiteTable
 
 Rows = dict[str, tuple[Any, ...]]
@@ -46,19 +47,20 @@ class Tap:
         if edits:
             site, _ = self._table.resolve(name)
             for edit, row in zip(edits, self._rows.get(name, (None,) * len(edits)), strict=True):
-                x = apply(edit, edit.operand if row is None else row, x, site, self._layer, self._mask)
+                operand = edit.operand if row is None else eqx.combine(row, edit.operand)
+                x = apply(edit, operand, x, site, self._layer, self._mask)
         if name in self._wanted:
             self.seen[name] = x
         return x
 
 
 def stacked_rows(taps: Taps, table: SiteTable) -> Rows:
-    """The operands that have a leading layer axis, by site and edit, None for the others: what a scan scans over."""
+    """What a scan over the layers scans over: by site and edit, the operand with None for leaves without that axis."""
     rows: Rows = {}
     for name, edits in taps.items():
         site, _ = table.resolve(name)
         if site.layered:
-            rows[name] = tuple(edit.operand if is_stacked(edit, site) else None for edit in edits)
+            rows[name] = tuple(split(edit, site)[0] for edit in edits)
     return rows
 
 

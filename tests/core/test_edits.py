@@ -255,7 +255,9 @@ def test_an_edit_that_does_not_fit_the_input_is_named(make, message):
 
 
 def test_ablate_needs_a_known_baseline_and_a_key():
-    with pytest.raises(ValueError, match="baseline must be 'zero', 'mean', 'resample' or an array, got 'median'"):
+    with pytest.raises(
+        ValueError, match="baseline must be 'zero', 'mean', 'mean_per_position', 'resample' or an array, got"
+    ):
         mi.ablate("attn.z", baseline="median")
     with pytest.raises(ValueError, match="draws a permutation of the batch: pass key="):
         mi.ablate("attn.z", baseline="resample")

@@ -1,0 +1,85 @@
+"""Edits of a subspace: taking it out, and interchanging it between runs.
+
+A basis is `[d k]` for every layer or `[layer d k]`, one for each, where `d` is the last axis of the site. Its columns
+need not be orthonormal: what counts is the space that they span.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mi_jax.core.edits import Edit, Place, has_layers, value_at, value_of
+from mi_jax.core.index import Index
+from mi_jax.core.sites import SiteError
+
+Basis = Float[Array, "*layer d k"]
+
+
+class ProjectOut(Edit):
+    """Takes the part of the value in a subspace away: x − x B Bᵀ; the operand is the basis B."""
+
+    def stacked(self, site):
+        return has_layers(self.operand, site, rank=3)
+
+    def prepare(self, operand, x, place):
+        return _checked(operand, x, place)
+
+    def new(self, x, operand):
+        return x - _within(x, operand)
+
+
+class SwapSubspace(Edit):
+    """Takes the part in a subspace from another run: x + (value − x) B Bᵀ; the operand is (B, value)."""
+
+    def stacked(self, site):
+        basis, value = self.operand
+        return has_layers(basis, site, rank=3), has_layers(value, site)
+
+    def prepare(self, operand, x, place):
+        basis, value = operand
+        return _checked(basis, x, place), value_at(value, x, place)
+
+    def new(self, x, operand):
+        basis, value = operand
+        return x + _within(value - x, basis)
+
+
+def project_out(site: str, basis: Basis, *, layer=None, pos=None, head=None, unit=None) -> ProjectOut:
+    """Takes the part of a site that lies in the span of `basis` away; indices as in `mi.patch`.
+
+    Example: `mi.project_out("resid_post", probe[:, None], layer=5)` ablates one direction of the stream.
+    """
+    return ProjectOut(site, Index.of(layer, pos, head, unit), _orthonormal(basis))
+
+
+def swap_subspace(site: str, basis: Basis, value, *, layer=None, pos=None, head=None, unit=None) -> SwapSubspace:
+    """Interchange intervention: the part in the span of `basis` is taken from `value`, the rest stays.
+
+    Args:
+      value: captured activations of the source run, or an array, as in `mi.patch`.
+
+    Source: Geiger et al. 2024 (arXiv 2303.02536), h' = h_base + (h_source − h_base) B Bᵀ.
+    """
+    return SwapSubspace(site, Index.of(layer, pos, head, unit), (_orthonormal(basis), value_of(site, value)))
+
+
+def _orthonormal(basis) -> Array:
+    basis = jnp.asarray(basis)
+    if basis.ndim not in (2, 3) or basis.shape[-1] > basis.shape[-2]:
+        raise SiteError(f"a basis has shape [d k] or [layer d k] with k ≤ d; got {basis.shape}")
+    if not jnp.issubdtype(basis.dtype, jnp.floating):
+        raise SiteError(f"a basis holds floating numbers; got {basis.dtype}")
+    return jnp.linalg.qr(basis)[0]
+
+
+def _checked(basis: Array, x: Array, place: Place) -> Array:
+    if basis.shape[0] != x.shape[-1] or basis.ndim != 2:
+        raise SiteError(
+            f"the basis for site {place.site.name!r} has shape {basis.shape}; it spans part of the last axis, "
+            f"{place.site.axes[-1]}, so it needs shape ({x.shape[-1]}, k)"
+        )
+    return basis.astype(x.dtype)
+
+
+def _within(x: Array, basis: Array) -> Array:
+    return jax.lax.dot_general(x, basis, (((x.ndim - 1,), (0,)), ((), ()))) @ basis.T
