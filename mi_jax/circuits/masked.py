@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.core.taps import Tap
-from mi_jax.models.block import block
+from mi_jax.models.block import Prompts, block
 from mi_jax.models.decoder import Decoder
 
 _SOURCES = ("attn.head_out", "mlp_out")
@@ -74,7 +74,7 @@ def masked_forward(
         x, difference = carry
         layer, params, weights = row
         tap = _EdgeTap(graph, difference, patch, weights, layer)
-        x = block(params, x, tap, model.config, mask)
+        x = block(params, x, tap, model.config, Prompts(mask))
         return (x, tap.difference), None
 
     layers = jnp.arange(graph.n_layers, dtype=jnp.int32)

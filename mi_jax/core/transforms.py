@@ -105,8 +105,11 @@ def jit(fn: Callable) -> Callable:
     """
 
     def call(*args, **options):
+        prepared = fn
         if args and getattr(args[0], "ndim", 0) > 1:
             check_positions((fn, options), args[0].shape[1])
-        return _compiled(fn, args, options)
+            # what is known before the arrays become arguments may make the program smaller
+            prepared = fn.prepared(*args) if hasattr(fn, "prepared") else fn
+        return _compiled(prepared, args, options)
 
     return call

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.models.config import DecoderConfig
 
@@ -67,12 +67,45 @@ class Block(eqx.Module):
     mlp: MLP | None
 
 
-def rotate(x: Float[Array, "batch pos n d_head"], theta: float) -> Float[Array, "batch pos n d_head"]:
+@runtime_checkable
+class Layout(Protocol):
+    """Which tokens the pos axis of the stream holds, and how attention sees them.
+
+    Attention works on rows, one prompt each: `rows` makes them of the stream's tokens, `flat` is the way back.
+    """
+
+    @property
+    def positions(self) -> Int[Array, " pos"]: ...
+    @property
+    def mask(self) -> Bool[Array, "row key"]: ...
+    def rows(self, name: str, x: Array) -> Array: ...
+    def flat(self, x: Array) -> Array: ...
+
+
+class Prompts(eqx.Module):
+    """The layout of whole prompts: the rows are the batch."""
+
+    mask: Bool[Array, "batch pos"]
+
+    @property
+    def positions(self) -> Int[Array, " pos"]:
+        return jnp.arange(self.mask.shape[1], dtype=jnp.int32)
+
+    def rows(self, name: str, x: Array) -> Array:
+        return x
+
+    def flat(self, x: Array) -> Array:
+        return x
+
+
+def rotate(
+    x: Float[Array, "batch pos n d_head"], theta: float, positions: Int[Array, " pos"]
+) -> Float[Array, "batch pos n d_head"]:
     """Rotary positions, half-split: component i turns with component i + d_head/2 by pos · theta^(−2i/d_head)."""
-    n_pos, half = x.shape[1], x.shape[-1] // 2
+    half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(n_pos, dtype=jnp.float32)[:, None] * frequency[None, :]
-    shape = (1, n_pos, 1, half)
+    angle = positions.astype(jnp.float32)[:, None] * frequency[None, :]
+    shape = (1, x.shape[1], 1, half)
     cos, sin = (f(angle).astype(x.dtype).reshape(shape) for f in (jnp.cos, jnp.sin))
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -89,26 +122,28 @@ def _read(
 
 
 def attention(
-    p: Block, x: Float[Array, "batch pos d_model"], tap: SiteTap, config: DecoderConfig, mask: Bool[Array, "batch pos"]
+    p: Block, x: Float[Array, "batch pos d_model"], tap: SiteTap, config: DecoderConfig, layout: Layout
 ) -> Float[Array, "batch pos d_model"]:
     """What causal attention adds to the stream."""
     q = _read(tap, "attn.q_in", x, p.attn_norm, p.attn.q)
     k = _read(tap, "attn.k_in", x, p.attn_norm, p.attn.k)
     v = _read(tap, "attn.v_in", x, p.attn_norm, p.attn.v)
     if config.positions == "rotary":
-        q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
-    q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)
+        q, k = (rotate(each, config.rope_theta, layout.positions) for each in (q, k))
+    q = layout.rows("attn.q", tap("attn.q", q))
+    k = layout.rows("attn.k", tap("attn.k", k))
+    v = layout.rows("attn.v", tap("attn.v", v))
 
-    batch, n_pos, group = *x.shape[:2], config.n_heads // config.n_kv_heads
+    batch, n_pos, group = *q.shape[:2], config.n_heads // config.n_kv_heads
     q = q.reshape(batch, n_pos, config.n_kv_heads, group, config.d_head)
     scores = jnp.einsum("bqkgh,bpkh->bkgqp", q, k) * config.d_head**-0.5
-    allowed = jnp.tril(jnp.ones((n_pos, n_pos), bool))[None, :, :] & mask[:, None, :]
+    allowed = jnp.tril(jnp.ones((n_pos, n_pos), bool))[None, :, :] & layout.mask[:, None, :]
     scores = jnp.where(allowed[:, None, None, :, :], scores, jnp.finfo(scores.dtype).min)
     by_head = (batch, config.n_heads, n_pos, n_pos)
     scores = tap("attn.scores", scores.reshape(by_head))
     pattern = tap("attn.pattern", jax.nn.softmax(scores, -1)).reshape(batch, config.n_kv_heads, group, n_pos, n_pos)
     z = jnp.einsum("bkgqp,bpkh->bqkgh", pattern, v).reshape(batch, n_pos, config.n_heads, config.d_head)
-    z = tap("attn.z", z)
+    z = tap("attn.z", layout.flat(z))
     if tap.touches("attn.head_out"):
         out = tap("attn.head_out", jnp.einsum("bpnh,nhd->bpnd", z, p.attn.o)).sum(2)
     else:
@@ -132,11 +167,11 @@ def mlp(
 
 
 def block(
-    p: Block, x: Float[Array, "batch pos d_model"], tap: SiteTap, config: DecoderConfig, mask: Bool[Array, "batch pos"]
+    p: Block, x: Float[Array, "batch pos d_model"], tap: SiteTap, config: DecoderConfig, layout: Layout
 ) -> Float[Array, "batch pos d_model"]:
     """One layer: the stream after it."""
     x = tap("resid_pre", x)
-    x = tap("resid_mid", x + attention(p, x, tap, config, mask))
+    x = tap("resid_mid", x + attention(p, x, tap, config, layout))
     if config.d_mlp:
         x = x + mlp(p, x, tap, config)
     return tap("resid_post", x)

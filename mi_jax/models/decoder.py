@@ -9,10 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mi_jax.core.apply import Taps
+from mi_jax.core.cells import Cells
+from mi_jax.core.edits import Edit
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, Site, SiteError, SiteTable
 from mi_jax.core.taps import Slots, Tap, stacked_rows
-from mi_jax.models.block import MLP, Attention, Block, Norm, block
+from mi_jax.models.block import MLP, Attention, Block, Norm, Prompts, block
+from mi_jax.models.cells import Unpatched, resume_cells, unpatched
 from mi_jax.models.config import DecoderConfig
 
 _STREAM = ("layer", "batch", "pos", "d_model")
@@ -125,7 +128,7 @@ class Decoder(eqx.Module):
 
         def layer_step(x, layer, params, rows):
             tap = Tap(table, taps, slots.layered, rows, layer, mask)
-            return block(params, x, tap, self.config, mask), tap.seen
+            return block(params, x, tap, self.config, Prompts(mask)), tap.seen
 
         layers = jnp.arange(self.config.n_layers, dtype=jnp.int32)
         xs = jax.tree.map(lambda a: a[:n_layers], (layers, self.blocks, stacked_rows(taps, table)))
@@ -159,10 +162,20 @@ class Decoder(eqx.Module):
             params, row = jax.tree.map(
                 lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), (self.blocks, rows)
             )
-            return block(params, x, Tap(table, taps, (), row, layer, mask), self.config, mask)
+            return block(params, x, Tap(table, taps, (), row, layer, mask), self.config, Prompts(mask))
 
         x = jax.lax.fori_loop(layer, self.config.n_layers, body, x)
         return self.head(x, Tap(table, taps, (), {}, None, mask), output_pos)
+
+    def unpatched(self, tokens, mask=None, *, taps: Taps, edit: Edit, at_entry: bool, output: bool) -> Unpatched:
+        """What the cells of a sweep need of the run without the swept edit; see `mi_jax.core.cells`."""
+        return unpatched(self, tokens, mask, taps, edit, at_entry=at_entry, output=output)
+
+    def resume_cells(
+        self, run: Unpatched, cells: Cells, layer: Int[Array, ""], output_pos: Int[Array, " batch"] | None = None
+    ) -> Float[Array, "cell batch out_pos d_vocab"]:
+        """Logits of all cells, from `layer` and from each cell's first edited position on."""
+        return resume_cells(self, run, cells, layer, output_pos)
 
     def head(self, x: Float[Array, "batch pos d_model"], tap: Tap, output_pos: Array | None = None) -> Array:
         """Final norm and unembedding."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.core.taps import Tap
-from mi_jax.models.block import block
+from mi_jax.models.block import Prompts, block
 from mi_jax.models.decoder import Decoder
 
 _READS = {"attn.q_in": 0, "attn.k_in": 1, "attn.v_in": 2}
@@ -61,6 +61,6 @@ def resampled_forward(
     differences, mask = [_difference(x)], jnp.ones(tokens.shape, bool)
     for layer in range(graph.n_layers):
         params = jax.tree.map(lambda a, layer=layer: a[layer], model.blocks)
-        x = block(params, x, _ResampleTap(graph, edges, differences, layer), model.config, mask)
+        x = block(params, x, _ResampleTap(graph, edges, differences, layer), model.config, Prompts(mask))
     x = x + jnp.einsum("s,sbpd->bpd", edges[:, -1], jnp.stack(differences))
     return model.head(x, Tap(model.site_table, {}, (), {}, None))
