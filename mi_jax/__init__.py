@@ -11,9 +11,11 @@ from mi_jax.core import check_sites as check_sites
 from mi_jax.core import each as each
 from mi_jax.core import intervene as intervene
 from mi_jax.core import jit as jit
+from mi_jax.core import load_edits as load_edits
 from mi_jax.core import noise as noise
 from mi_jax.core import patch as patch
 from mi_jax.core import project_out as project_out
+from mi_jax.core import save_edits as save_edits
 from mi_jax.core import scale as scale
 from mi_jax.core import swap_subspace as swap_subspace
 from mi_jax.core import sweep as sweep

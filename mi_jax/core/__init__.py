@@ -9,6 +9,8 @@ from mi_jax.core.edits import noise as noise
 from mi_jax.core.edits import patch as patch
 from mi_jax.core.edits import scale as scale
 from mi_jax.core.edits import transform as transform
+from mi_jax.core.files import load_edits as load_edits
+from mi_jax.core.files import save_edits as save_edits
 from mi_jax.core.index import each as each
 from mi_jax.core.sites import At as At
 from mi_jax.core.sites import Site as Site

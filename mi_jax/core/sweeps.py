@@ -165,7 +165,7 @@ def sweep(
       edit: an edit with one or more of `layer`, `pos`, `head`, `unit` equal to `mi.each`.
       metric: from the model's output to an array, such as a mean logit difference.
       batch_size: cells of one layer that are computed at once; bounds the memory, changes nothing else.
-      progress: called with the number of finished batches and their total; `mi_jax.run.bar` draws it.
+      progress: called with the number of finished batches and their total; `mi_jax.run.Bar` draws it.
 
     Returns:
       A function of the tokens (and the model's options). Its result has the marked axes first, in the order layer,

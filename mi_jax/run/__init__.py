@@ -1,5 +1,6 @@
 """Runs experiments: the folder they write, their stages, progress, the compilation cache and several processes."""
 
+from mi_jax.run.bar import Bar as Bar
 from mi_jax.run.cache import enable_compilation_cache as enable_compilation_cache
 from mi_jax.run.distributed import maybe_initialize as maybe_initialize
 from mi_jax.run.files import WorkdirError as WorkdirError
