@@ -7,12 +7,11 @@ need not be orthonormal: what counts is the space that they span.
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 from mi_jax.core.edits import Edit, Place, has_layers, value_at, value_of
 from mi_jax.core.index import Index
 from mi_jax.core.sites import SiteError
-
-Basis = Float[Array, "*layer d k"]
 
 
 class ProjectOut(Edit):
@@ -44,18 +43,23 @@ class SwapSubspace(Edit):
         return x + _within(value - x, basis)
 
 
-def project_out(site: str, basis: Basis, *, layer=None, pos=None, head=None, unit=None) -> ProjectOut:
-    """Takes the part of a site that lies in the span of `basis` away; indices as in `mi.patch`.
+def project_out(site: str, basis: ArrayLike, *, layer=None, pos=None, head=None, unit=None) -> ProjectOut:
+    """Takes the part of a site that lies in the span of `basis` away.
+
+    Args:
+      basis: `[d k]`, or `[layer d k]`, one for each layer; d is the last axis of the site.
+      layer, pos, head, unit: as in `mi.patch`.
 
     Example: `mi.project_out("resid_post", probe[:, None], layer=5)` ablates one direction of the stream.
     """
     return ProjectOut(site, Index.of(layer, pos, head, unit), _orthonormal(basis))
 
 
-def swap_subspace(site: str, basis: Basis, value, *, layer=None, pos=None, head=None, unit=None) -> SwapSubspace:
+def swap_subspace(site: str, basis: ArrayLike, value, *, layer=None, pos=None, head=None, unit=None) -> SwapSubspace:
     """Interchange intervention: the part in the span of `basis` is taken from `value`, the rest stays.
 
     Args:
+      basis: as in `project_out`.
       value: captured activations of the source run, or an array, as in `mi.patch`.
 
     Source: Geiger et al. 2024 (arXiv 2303.02536), h' = h_base + (h_source − h_base) B Bᵀ.
@@ -63,7 +67,7 @@ def swap_subspace(site: str, basis: Basis, value, *, layer=None, pos=None, head=
     return SwapSubspace(site, Index.of(layer, pos, head, unit), (_orthonormal(basis), value_of(site, value)))
 
 
-def _orthonormal(basis) -> Array:
+def _orthonormal(basis: ArrayLike) -> Float[Array, "*layer d k"]:
     basis = jnp.asarray(basis)
     if basis.ndim not in (2, 3) or basis.shape[-1] > basis.shape[-2]:
         raise SiteError(f"a basis has shape [d k] or [layer d k] with k ≤ d; got {basis.shape}")

@@ -17,7 +17,7 @@ from mi_jax.core.cells import Cells, Resumable
 from mi_jax.core.edits import Edit
 from mi_jax.core.index import Each, index_axis
 from mi_jax.core.sites import LAYER, SiteError
-from mi_jax.core.suffixes import Suffixes, pack
+from mi_jax.core.suffixes import pack
 from mi_jax.core.transforms import Intervened, SiteModel
 
 Progress = Callable[[int, int], None]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mi_jax.core.apply import Taps, apply, split
 from mi_jax.core.cells import Cells
 from mi_jax.core.edits import Edit
-from mi_jax.core.sites import LAYER, Site, at
+from mi_jax.core.sites import Site, at
 from mi_jax.core.suffixes import Suffixes
 from mi_jax.core.taps import Tap, stacked_rows
 from mi_jax.models.block import block
@@ -114,7 +114,9 @@ def _by_cell(x: Array, n_cells: int) -> Array:
 class _CellTap:
     """The tap of one layer in all cells: known values at the entry, edits on rows elsewhere."""
 
-    def __init__(self, model: "Decoder", cells: Cells, rows: dict[str, Any], layer: Array, mask: Array, known: dict[str, Array]):
+    def __init__(
+        self, model: "Decoder", cells: Cells, rows: dict[str, Any], layer: Array, mask: Array, known: dict[str, Array]
+    ):
         self._table, self._cells, self._rows = model.site_table, cells, rows
         self._layer, self._mask, self._known = layer, mask, known
         self._swept = () if cells.at_entry else (cells.edit.site,)
