@@ -1,4 +1,4 @@
-"""Features: where a latent fires, what it does, and how well an explanation predicts it."""
+"""Features: where a latent fires, what it does, how well an explanation predicts it, and lenses on the stream."""
 
 from mi_jax.features.codes import Codes as Codes
 from mi_jax.features.codes import encode_contexts as encode_contexts
@@ -9,5 +9,21 @@ from mi_jax.features.detection import detection as detection
 from mi_jax.features.detection import fit_rule as fit_rule
 from mi_jax.features.examples import deciles as deciles
 from mi_jax.features.examples import token_effects as token_effects
+from mi_jax.features.lens import Lens as Lens
+from mi_jax.features.lens import LensReading as LensReading
+from mi_jax.features.lens import logit_lens as logit_lens
+from mi_jax.features.lens import native_head as native_head
+from mi_jax.features.logit_attribution import DirectLogits as DirectLogits
+from mi_jax.features.logit_attribution import LogitParts as LogitParts
+from mi_jax.features.logit_attribution import direct_logits as direct_logits
+from mi_jax.features.translators import TunedLens as TunedLens
+from mi_jax.features.translators import TunedLensConfig as TunedLensConfig
+from mi_jax.features.translators import TunedLensEvaluation as TunedLensEvaluation
+from mi_jax.features.translators import evaluate_tuned_lens as evaluate_tuned_lens
+from mi_jax.features.translators import fit_tuned_lens as fit_tuned_lens
+from mi_jax.features.translators import identity_lens as identity_lens
+from mi_jax.features.translators import load_tuned_lens as load_tuned_lens
+from mi_jax.features.translators import save_tuned_lens as save_tuned_lens
+from mi_jax.features.translators import tuned_lens as tuned_lens
 from mi_jax.features.usefulness import next_token_nll as next_token_nll
 from mi_jax.features.usefulness import removal_effects as removal_effects
