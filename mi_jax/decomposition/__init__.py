@@ -16,6 +16,7 @@ from mi_jax.decomposition.sae import logical_axes as logical_axes
 from mi_jax.decomposition.sae import loss as loss
 from mi_jax.decomposition.sparse import sparse_decode as sparse_decode
 from mi_jax.decomposition.sparse import topk_encode as topk_encode
+from mi_jax.decomposition.splice import Splice as Splice
 from mi_jax.decomposition.train import TrainConfig as TrainConfig
 from mi_jax.decomposition.train import TrainState as TrainState
 from mi_jax.decomposition.train import fit as fit
