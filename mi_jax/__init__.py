@@ -2,18 +2,24 @@
 
 from mi_jax.core import At as At
 from mi_jax.core import Edit as Edit
+from mi_jax.core import Effects as Effects
+from mi_jax.core import Node as Node
 from mi_jax.core import SiteError as SiteError
 from mi_jax.core import ablate as ablate
 from mi_jax.core import add as add
 from mi_jax.core import at as at
+from mi_jax.core import attribute as attribute
 from mi_jax.core import capture as capture
 from mi_jax.core import check_sites as check_sites
 from mi_jax.core import each as each
+from mi_jax.core import forward_effects as forward_effects
 from mi_jax.core import intervene as intervene
 from mi_jax.core import jit as jit
 from mi_jax.core import load_edits as load_edits
+from mi_jax.core import node as node
 from mi_jax.core import noise as noise
 from mi_jax.core import patch as patch
+from mi_jax.core import path_patch as path_patch
 from mi_jax.core import project_out as project_out
 from mi_jax.core import save_edits as save_edits
 from mi_jax.core import scale as scale

@@ -1,6 +1,7 @@
 """The activation pytree: sites, edits, transforms, sweeps. Imports jax and nothing else of this project."""
 
 from mi_jax.core import sharding as sharding
+from mi_jax.core.attribution import attribute as attribute
 from mi_jax.core.conformance import check_sites as check_sites
 from mi_jax.core.edits import Edit as Edit
 from mi_jax.core.edits import ablate as ablate
@@ -9,9 +10,14 @@ from mi_jax.core.edits import noise as noise
 from mi_jax.core.edits import patch as patch
 from mi_jax.core.edits import scale as scale
 from mi_jax.core.edits import transform as transform
+from mi_jax.core.effects import Effects as Effects
 from mi_jax.core.files import load_edits as load_edits
 from mi_jax.core.files import save_edits as save_edits
+from mi_jax.core.forward import forward_effects as forward_effects
 from mi_jax.core.index import each as each
+from mi_jax.core.nodes import Node as Node
+from mi_jax.core.nodes import node as node
+from mi_jax.core.paths import path_patch as path_patch
 from mi_jax.core.sites import At as At
 from mi_jax.core.sites import Site as Site
 from mi_jax.core.sites import SiteError as SiteError

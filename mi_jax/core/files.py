@@ -103,5 +103,4 @@ def _edit(entry: dict[str, Any], arrays: dict[str, jax.Array]) -> Edit:
         leaves.append(jax.random.wrap_key_data(array, impl=leaf["key"]) if leaf["key"] else array)
     pair = kind in (kinds.Noise, subspaces.SwapSubspace)
     operand = tuple(leaves) if pair else leaves[0] if leaves else None
-    edit = kind(entry["site"], Index(**index), operand)
-    return dataclasses.replace(edit, index=dataclasses.replace(edit.index, per_example=entry["per_example"]))
+    return kind(entry["site"], dataclasses.replace(Index().replace(**index), per_example=entry["per_example"]), operand)
