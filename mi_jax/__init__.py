@@ -1,4 +1,10 @@
-"""mi_jax: mechanistic interpretability in JAX. `import mi_jax as mi` gives the verbs; the rest is in the packages."""
+"""mi_jax: mechanistic interpretability in JAX. `import mi_jax as mi` gives the verbs; the rest is in the packages.
+
+The packages load when they are first used: `mi.circuits.discover(…)`.
+"""
+
+import importlib
+from types import ModuleType
 
 from mi_jax.core import At as At
 from mi_jax.core import Edit as Edit
@@ -26,3 +32,26 @@ from mi_jax.core import scale as scale
 from mi_jax.core import swap_subspace as swap_subspace
 from mi_jax.core import sweep as sweep
 from mi_jax.core import transform as transform
+
+_PACKAGES = (
+    "core",
+    "run",
+    "models",
+    "data",
+    "decomposition",
+    "features",
+    "circuits",
+    "validation",
+    "applications",
+    "report",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _PACKAGES:
+        return importlib.import_module(f"mi_jax.{name}")
+    raise AttributeError(f"mi_jax has no {name!r}; its packages are {', '.join(_PACKAGES)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES})

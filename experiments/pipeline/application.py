@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import mi_jax as mi
+from experiments.estimates import with_interval
 from experiments.pipeline.config import PipelineConfig
-from experiments.pipeline.subject import Outcome, with_interval
+from experiments.pipeline.subject import Outcome
 from mi_jax.applications import (
     Monitor,
     audit,

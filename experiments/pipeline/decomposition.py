@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import mi_jax as mi
+from experiments.estimates import with_interval
 from experiments.pipeline.config import PipelineConfig
-from experiments.pipeline.subject import Outcome, Subject, with_interval
+from experiments.pipeline.subject import Outcome, Subject
 from mi_jax.data import Contexts, contexts, python_topics, read_documents
 from mi_jax.decomposition.baselines import fit_pca, fit_random_decoder
 from mi_jax.decomposition.evaluate import DENSITY_EDGES, Estimate, Evaluation, cross_entropy_recovered, evaluate

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.estimates import with_interval
 from experiments.pipeline.config import PipelineConfig
 from experiments.pipeline.decomposition import sae_from_arrays
-from experiments.pipeline.subject import Outcome, Subject, with_interval
+from experiments.pipeline.subject import Outcome, Subject
 from mi_jax.features import Codes, deciles, detection, fit_rule, removal_effects, token_effects
 from mi_jax.run import Progress
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import mi_jax as mi
+from experiments.estimates import mean, proportion
 from experiments.pipeline.config import PipelineConfig
-from experiments.pipeline.subject import Outcome, Subject, mean, proportion
+from experiments.pipeline.subject import Outcome, Subject
 from mi_jax.data import Task
 from mi_jax.data.tasks import indirect_object_identification, repeated_tokens, subject_verb_agreement
 from mi_jax.features import next_token_nll

@@ -1,5 +1,11 @@
-"""Circuits: the computational graph, edge scores, search and faithfulness."""
+"""Circuits: the computational graph, edge scores, search, faithfulness, and alignment with causal variables."""
 
+from mi_jax.circuits.das import IIA as IIA
+from mi_jax.circuits.das import Boundary as Boundary
+from mi_jax.circuits.das import DASResult as DASResult
+from mi_jax.circuits.das import Triples as Triples
+from mi_jax.circuits.das import fit_das as fit_das
+from mi_jax.circuits.das import principal_angles as principal_angles
 from mi_jax.circuits.discover import Circuit as Circuit
 from mi_jax.circuits.discover import discover as discover
 from mi_jax.circuits.faithfulness import FRACTIONS as FRACTIONS

@@ -55,7 +55,7 @@ class Sweep(eqx.Module):
         model, taps = _unwrapped(self.model)
         # one layer at a time, known before it is computed: the unpatched value of the site is that of every cell
         layer = self.edit.index.layer
-        at_entry = not site.layered or isinstance(layer, Each) or (layer is not None and jnp.ndim(layer) == 0)
+        at_entry = not site.layered or isinstance(layer, Each) or (eqx.is_array(layer) and layer.ndim == 0)
         starts = self._starts(grid, tuple(inner), n_pos, at_entry, taps)
         packed, places = pack(starts, n_pos, self.batch_size)
         chunks = (packed, jnp.asarray(grid[np.minimum(places, len(grid) - 1)], jnp.int32))
@@ -64,7 +64,7 @@ class Sweep(eqx.Module):
         if LAYER in sizes:
             layers = jnp.arange(sizes[LAYER], dtype=jnp.int32)
         else:
-            start = jnp.zeros((), jnp.int32) if layer is None else jnp.min(layer)
+            start = jnp.min(layer) if eqx.is_array(layer) else jnp.zeros((), jnp.int32)
             layers = start.astype(jnp.int32)[None]
         total = len(layers) * len(places)
 
@@ -116,7 +116,8 @@ class Sweep(eqx.Module):
             def one(places):
                 edit = self.edit.placed(**dict(zip(cells.index_names, places, strict=True)))
                 edit = edit.placed(layer=layer) if by_layer else edit
-                return model(*inputs, taps=taps | {edit.site: (*taps.get(edit.site, ()), edit)}, **options)
+                merged = {**taps, edit.site: (*taps.get(edit.site, ()), edit)}
+                return model(*inputs, taps=merged, **options)
 
             return jax.vmap(one)(cells.places)
 

@@ -1,4 +1,4 @@
-"""A dictionary inside a model: what `mi.transform` puts at a site, with or without the part that it does not explain."""
+"""A dictionary inside a model: what `mi.transform` puts at a site, with or without what it does not explain."""
 
 from collections.abc import Callable
 from typing import Any

@@ -169,6 +169,7 @@ def resume_cells(
 
     x = suffixes.of(_at(layer, run.stream))
     if cells.at_entry:
+        assert run.site is not None
         row, value, mid = _at(layer, (rows[_SWEPT], run.site, run.mid)) if site.layered else (None, run.site, None)
         value = cells.edited(row, value[:, None], site, layer if site.layered else None, run.mask)
         value = suffixes.flat(value) if _on_pairs(site) else _rows(value)

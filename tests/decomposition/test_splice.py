@@ -23,7 +23,7 @@ def stream(splice):
 
 
 def test_the_error_term_keeps_what_the_dictionary_misses(sae):
-    plain = np.asarray(mi.jit(mi.capture(tiny(), "resid_post"))(TOKENS)[1]["resid_post"][1])
+    plain = mi.jit(mi.capture(tiny(), "resid_post"))(TOKENS)[1]["resid_post"][1]
     codes = np.asarray(sae.encode(plain))
     latent = int(codes.sum((0, 1)).argmax())
     np.testing.assert_allclose(stream(Splice(sae)), plain, atol=TOLERANCE)

@@ -1,0 +1,1 @@
+"""What happens to induction when the heads that do it are patched."""
