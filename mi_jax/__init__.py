@@ -1,10 +1,10 @@
 """mi_jax: mechanistic interpretability in JAX. `import mi_jax as mi` gives the verbs; the rest is in the packages.
 
-The packages load when they are first used: `mi.circuits.discover(…)`.
+The packages and the adapters for other libraries' models load when they are first used: `mi.circuits.discover(…)`.
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from mi_jax.core import At as At
 from mi_jax.core import Edit as Edit
@@ -47,11 +47,16 @@ _PACKAGES = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+_ADAPTERS = ("adapt_equinox", "adapt_linen", "adapt_nnx")
+
+
+def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"mi_jax.{name}")
+    if name in _ADAPTERS:
+        return getattr(importlib.import_module("mi_jax.models.adapters"), name)
     raise AttributeError(f"mi_jax has no {name!r}; its packages are {', '.join(_PACKAGES)}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PACKAGES})
+    return sorted({*globals(), *_PACKAGES, *_ADAPTERS})

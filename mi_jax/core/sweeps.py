@@ -179,6 +179,14 @@ def sweep(
     edit = check(edit, model.site_table)
     if not edit.each_axes():
         raise SiteError(f"sweep of site {edit.site!r}: mark an axis with mi.each, such as layer=mi.each")
+    site, _ = model.site_table.resolve(edit.site)
+    for name in edit.each_axes():
+        axis = index_axis(site, name)
+        if axis not in ("pos", "query") and axis not in dict(model.site_table.sizes):
+            raise SiteError(
+                f"sweep of site {edit.site!r}: {model.site_table.model} does not say how many places its axis {axis!r} "
+                f"has, so {name}=mi.each has no end; sweep other axes, or use jax.vmap over an array of places"
+            )
     if batch_size < 1:
         raise SiteError(f"batch_size is the number of cells computed at once, at least 1; got {batch_size}")
     return Sweep(model, edit, metric, batch_size, progress)
