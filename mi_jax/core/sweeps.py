@@ -55,7 +55,7 @@ class Sweep(eqx.Module):
         model, taps = _unwrapped(self.model)
         # one layer at a time, known before it is computed: the unpatched value of the site is that of every cell
         layer = self.edit.index.layer
-        at_entry = not site.layered or isinstance(layer, Each) or (eqx.is_array(layer) and layer.ndim == 0)
+        at_entry = not site.layered or isinstance(layer, Each) or (isinstance(layer, jax.Array) and layer.ndim == 0)
         starts = self._starts(grid, tuple(inner), n_pos, at_entry, taps)
         packed, places = pack(starts, n_pos, self.batch_size)
         chunks = (packed, jnp.asarray(grid[np.minimum(places, len(grid) - 1)], jnp.int32))
@@ -64,7 +64,7 @@ class Sweep(eqx.Module):
         if LAYER in sizes:
             layers = jnp.arange(sizes[LAYER], dtype=jnp.int32)
         else:
-            start = jnp.min(layer) if eqx.is_array(layer) else jnp.zeros((), jnp.int32)
+            start = jnp.min(layer) if isinstance(layer, jax.Array) else jnp.zeros((), jnp.int32)
             layers = start.astype(jnp.int32)[None]
         total = len(layers) * len(places)
 
@@ -148,7 +148,7 @@ def _unwrapped(model) -> tuple[Any, dict[str, tuple[Edit, ...]]]:
 def _first_position(edit: Edit, n_pos: int) -> int | None:
     """The first position that an edit's own index names, None where that is not known."""
     pos = edit.index.pos
-    if pos is None or isinstance(pos, Each | jax.core.Tracer):
+    if not isinstance(pos, jax.Array) or isinstance(pos, jax.core.Tracer):
         return None
     places = np.asarray(pos)
     return int(np.where(places < 0, places + n_pos, places).min())
