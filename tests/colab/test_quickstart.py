@@ -44,6 +44,8 @@ def test_it_runs_and_finds_the_circuit(notebook, tmp_path, monkeypatch):
     drawings = [o for cell in done.cells for o in cell.get("outputs", []) if "text/html" in o.get("data", {})]
     assert "recall 1.00" in text
     assert "a1.h1->logits" in text
+    assert "along this path alone: 14" in text
+    assert "a replaced site holds the new value" in text
     assert any("<iframe" in o["data"]["text/html"] for o in drawings)
     # the promise is 90 seconds; another worker has one of the two cores
     assert seconds < 180
