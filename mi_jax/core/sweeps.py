@@ -160,7 +160,8 @@ def sweep(
     """The metric under an edit at every place that `mi.each` marks.
 
     Where the model can resume, as the native decoder can, a cell computes only what its edit can change: the layers
-    from the edited one on and, by causality, the positions from the edited one on.
+    from the edited one on and, by causality, the positions from the edited one on. Such a sweep has derivatives in
+    forward mode only (`jax.jvp`); `jax.vmap` over `mi.intervene` has both.
 
     Args:
       edit: an edit with one or more of `layer`, `pos`, `head`, `unit` equal to `mi.each`.
