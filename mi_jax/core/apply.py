@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from mi_jax.core.edits import Edit, Place, Transform
-from mi_jax.core.index import Each, check_places, index_axis, selection
+from mi_jax.core.index import Each, check_places, index_axis, out_of_range, selection
 from mi_jax.core.sites import LAYER, Site, SiteError, SiteTable
 
 Taps = Mapping[str, tuple[Edit, ...]]
@@ -52,7 +52,30 @@ def check(edit: Edit, table: SiteTable) -> Edit:
                 f"the value for site {site.name!r} has {leaf.shape[0]} layers, {table.model} has "
                 f"{table.size(LAYER)}; capture all layers, or pass one layer's value with layer=…"
             )
+    if edit.captured and site.layered and not jax.tree.leaves(split(edit, site)[0]):
+        places = edit.index.layer
+        if not (isinstance(places, jax.Array) and places.ndim == 0):
+            raise SiteError(
+                f"the captured value for site {site.name!r} is of one layer; say which one it is for with layer=…, or "
+                "capture all layers"
+            )
     return dataclasses.replace(edit, site=site.name)
+
+
+def checked(taps: Taps, table: SiteTable) -> Taps:
+    """Taps that a model was called with, checked as `intervene` checks edits.
+
+    Raises:
+      SiteError: a key that is not a site's own name, or an edit that does not fit.
+    """
+    for name, edits in taps.items():
+        if name not in table.names:
+            raise SiteError(
+                f"taps are keyed by site; {table.model} has no site {name!r}, it has {', '.join(table.names)}"
+            )
+        for edit in edits:
+            check(edit, table)
+    return taps
 
 
 def check_positions(tree: Any, n_pos: int) -> None:
@@ -78,8 +101,12 @@ def apply(
     site: Site,
     layer: Int[Array, ""] | None,
     mask: Bool[Array, "batch pos"] | None = None,
+    n_layers: int | None = None,
 ) -> Array:
-    """The site's value after one edit; `operand` and `x` belong to one layer, `mask` is True at real tokens."""
+    """The site's value after one edit; `operand` and `x` belong to one layer, `mask` is True at real tokens.
+
+    A traced index that is out of range makes it NaN: an edit that does nothing would look like one without effect.
+    """
     for name in edit.each_axes():
         raise SiteError(f"site {site.name!r}: mi.each on {name!r} marks an axis of a sweep; use mi.sweep")
     chosen_layer = None if edit.index.layer is None else jnp.any(layer == edit.index.layer)
@@ -91,9 +118,22 @@ def apply(
         new = jax.lax.cond(chosen_layer, lambda v: _new_value(edit, operand, v), lambda v: v, x)
     else:
         new = _new_value(edit, operand, x)
-    if selected is None:
-        return new
-    return jnp.where(jnp.broadcast_to(selected, x.shape), new, x)
+    if selected is not None:
+        new = jnp.where(jnp.broadcast_to(selected, x.shape), new, x)
+    for wrong in _out_of_range(edit, site, x, n_layers):
+        new = jnp.where(wrong, jnp.full_like(new, jnp.nan), new)
+    return new
+
+
+def _out_of_range(edit: Edit, site: Site, x: Array, n_layers: int | None) -> list[Bool[Array, ""]]:
+    found = []
+    for name, value in edit.index.items():
+        if name == LAYER:
+            wrong = None if n_layers is None else out_of_range(value, n_layers, negative=False)
+        else:
+            wrong = out_of_range(value, x.shape[site.slice_axes.index(index_axis(site, name) or "")])
+        found += [] if wrong is None else [wrong]
+    return found
 
 
 def _new_value(edit: Edit, operand: Any, x: Array) -> Array:

@@ -67,10 +67,16 @@ class Cells(eqx.Module):
 class Resumable(Protocol):
     """A model that can run many cells from the edited layer and position on."""
 
-    def unpatched(self, tokens, mask=None, *, taps: Taps, edit: Edit, at_entry: bool, output: bool) -> Any:
+    def unpatched(self, tokens, mask=None, *, taps: Taps, output: bool) -> Any:
         """What cells need of the run without the edit; `output` says whether that includes its whole output."""
         ...
 
-    def resume_cells(self, unpatched: Any, cells: Cells, layer: Array, output_pos: Array | None = None) -> Array:
-        """The outputs of all cells, `[cell batch …]`, from `layer` on."""
+    def entry(self, unpatched: Any, site: Site, taps: Taps, layer: Array) -> Any:
+        """What all cells that start at one layer have in common: the unpatched value of the edited site there."""
+        ...
+
+    def resume_cells(
+        self, unpatched: Any, entry: Any, cells: Cells, layer: Array, output_pos: Array | None = None
+    ) -> Array:
+        """The outputs of all cells, `[cell batch …]`, from `layer` on; `entry` is None where there is no such value."""
         ...

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mi_jax.core.index import Each, Index
-from mi_jax.core.sites import Site, SiteError
+from mi_jax.core.sites import Site, SiteError, canonical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Edit(eqx.Module):
     site: str = eqx.field(static=True)
     index: Index
     operand: Any
+    # whether the operand came out of a dictionary of captured activations, so that its axes must be those of the site
+    captured: bool = eqx.field(static=True, default=False)
 
     # whether the new value at a position depends on no other position
     pointwise: ClassVar[bool] = True
@@ -48,7 +50,7 @@ class Edit(eqx.Module):
 
     def prepare(self, operand: Any, x: Array, place: Place) -> Any:
         """The operand as `new` takes it; here, an array that broadcasts against the site in one layer."""
-        return value_at(operand, x, place)
+        return value_at(operand, x, place, captured=self.captured)
 
     def stacked(self, site: Site) -> Any:
         """Which leaves of the operand have a leading layer axis: here, those with the rank of the whole site."""
@@ -68,15 +70,24 @@ def has_layers(leaf: Any, site: Site, rank: int | None = None) -> bool:
     return site.layered and eqx.is_array(leaf) and leaf.ndim == (len(site.axes) if rank is None else rank)
 
 
-def value_at(operand: Any, x: Array, place: Place) -> Array:
+def value_at(operand: Any, x: Array, place: Place, *, captured: bool = False) -> Array:
     """A value in the shape of the site in one layer, 0 where the edit does not apply.
 
-    So a NaN where the edit does not apply reaches neither the result nor, as 0 · NaN, a gradient.
+    So a NaN where the edit does not apply reaches neither the result nor, as 0 · NaN, a gradient; nor does one at
+    padding, which counts as 0.
+
+    Args:
+      captured: the value is from a run of its own, so only its batch may be 1 where the site's is not.
 
     Raises:
-      SiteError: the value does not broadcast against the site.
+      SiteError: the value does not broadcast against the site, or comes from a run of another shape.
     """
     operand = jnp.asarray(operand)
+    if captured and operand.shape != x.shape and operand.shape != (1, *x.shape[1:]):
+        raise SiteError(
+            f"the captured value for site {place.site.name!r} has shape {operand.shape} in one layer, the site has "
+            f"{x.shape}: capture it on prompts of the same length, or pass the array itself to broadcast it"
+        )
     try:
         value = jnp.broadcast_to(operand, x.shape).astype(x.dtype)
     except ValueError:
@@ -84,9 +95,13 @@ def value_at(operand: Any, x: Array, place: Place) -> Array:
             f"the value for site {place.site.name!r} has shape {operand.shape}, which does not broadcast against "
             f"{x.shape}, the site in one layer"
         ) from None
+    zero = jnp.zeros_like(value)
+    if place.mask is not None and "pos" in place.site.slice_axes:
+        real = place.mask.reshape(*place.mask.shape, *(1,) * (x.ndim - 2))
+        value = jnp.where(jnp.isnan(value) & ~jnp.broadcast_to(real, x.shape), zero, value)
     if place.selected is None:
         return value
-    return jnp.where(jnp.broadcast_to(place.selected, x.shape), value, jnp.zeros_like(value))
+    return jnp.where(jnp.broadcast_to(place.selected, x.shape), value, zero)
 
 
 class Patch(Edit):
@@ -111,7 +126,7 @@ class Scale(Edit):
 
 
 class Noise(Edit):
-    """Adds normal noise; the operand is the standard deviation and a key, another draw in every layer."""
+    """Adds normal noise; the operand is the standard deviation and a key, another draw per layer and position."""
 
     def stacked(self, site):
         return (False, False)
@@ -119,7 +134,12 @@ class Noise(Edit):
     def prepare(self, operand, x, place):
         std, key = operand
         key = key if place.layer is None else jax.random.fold_in(key, place.layer)
-        return value_at(std, x, place) * jax.random.normal(key, x.shape, x.dtype)
+        if "pos" not in place.site.slice_axes:
+            return value_at(std, x, place) * jax.random.normal(key, x.shape, x.dtype)
+        # a position's draw must not depend on how far the prompts are padded
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[1], dtype=jnp.uint32))
+        draw = jax.vmap(lambda key: jax.random.normal(key, (x.shape[0], *x.shape[2:]), x.dtype), out_axes=1)(keys)
+        return value_at(std, x, place) * draw
 
     def new(self, x, operand):
         return x + operand
@@ -132,13 +152,18 @@ class AblateMean(Edit):
     mean_axes: ClassVar[tuple[int, ...]] = (0, 1)
 
     def prepare(self, operand, x, place):
-        if "pos" not in place.site.slice_axes:
-            return jnp.broadcast_to(x.mean(0, keepdims=True), x.shape)
-        weight = jnp.ones(x.shape[:2], x.dtype) if place.mask is None else place.mask.astype(x.dtype)
-        total = (x * weight.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))).sum(self.mean_axes, keepdims=True)
+        axes = place.site.slice_axes
+        tokens = next((axes.index(axis) for axis in ("pos", "query") if axis in axes), None)
+        if place.mask is None or tokens is None:
+            weight = jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype)
+        else:
+            shape = [n if i in (0, tokens) else 1 for i, n in enumerate(x.shape)]
+            weight = place.mask.astype(x.dtype).reshape(shape)
+        over = self.mean_axes if "pos" in axes else (0,)
+        total = (x * jnp.broadcast_to(weight, x.shape)).sum(over, keepdims=True)
+        weight = jnp.broadcast_to(weight, [n if i in (0, tokens) else 1 for i, n in enumerate(x.shape)])
         # where no example has a token there is no mean, and nobody reads it
-        count = jnp.maximum(weight.sum(self.mean_axes, keepdims=True), 1)
-        return jnp.broadcast_to(total / count.reshape(*count.shape, *(1,) * (x.ndim - 2)), x.shape)
+        return jnp.broadcast_to(total / jnp.maximum(weight.sum(over, keepdims=True), 1), x.shape)
 
     def new(self, x, operand):
         return operand
@@ -159,12 +184,18 @@ class AblateResample(Edit):
             raise SiteError(
                 f"site {place.site.name!r}: baseline 'resample' takes another example, the batch has {x.shape[0]}"
             )
-        return operand
-
-    def new(self, x, operand):
         # one random cycle through the batch: a plain permutation would leave some examples as they are
         order = jax.random.permutation(operand, x.shape[0])
-        return jnp.zeros_like(x).at[order].set(x[jnp.roll(order, 1)])
+        donor = jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))
+        axes = place.site.slice_axes
+        tokens = next((axes.index(axis) for axis in ("pos", "query") if axis in axes), None)
+        if place.mask is None or tokens is None:
+            return x[donor]
+        real = place.mask[donor].reshape([n if i in (0, tokens) else 1 for i, n in enumerate(x.shape)])
+        return jnp.where(jnp.broadcast_to(real, x.shape), x[donor], x)
+
+    def new(self, x, operand):
+        return operand
 
 
 class Transform(Edit):
@@ -187,21 +218,22 @@ def patch(site: str, value, *, layer=None, pos=None, head=None, unit=None) -> Pa
 
     Args:
       site: a site of the model, or a TransformerLens name.
-      value: captured activations (the dictionary from `capture`, or one array of the site's full shape, from which
-        the same places are taken), or an array that broadcasts against the site in one layer.
+      value: captured activations (the dictionary from `capture`, from which the same places are taken; prompts of the
+        same length, or a batch of one), or an array of the site's full shape, or one that broadcasts against the site
+        in one layer.
       layer, pos, head, unit: see `Index`; ints, arrays, tuples, or `mi.each` in a sweep.
     """
-    return Patch(site, Index.of(layer, pos, head, unit), value_of(site, value))
+    return Patch(site, Index.of(layer, pos, head, unit), value_of(site, value), isinstance(value, Mapping))
 
 
 def add(site: str, value, *, layer=None, pos=None, head=None, unit=None) -> Add:
     """Adds `value`; arguments as in `patch`."""
-    return Add(site, Index.of(layer, pos, head, unit), value_of(site, value))
+    return Add(site, Index.of(layer, pos, head, unit), value_of(site, value), isinstance(value, Mapping))
 
 
 def scale(site: str, factor, *, layer=None, pos=None, head=None, unit=None) -> Scale:
     """Multiplies by `factor`; arguments as in `patch`."""
-    return Scale(site, Index.of(layer, pos, head, unit), value_of(site, factor))
+    return Scale(site, Index.of(layer, pos, head, unit), value_of(site, factor), isinstance(factor, Mapping))
 
 
 def noise(site: str, std, *, key, layer=None, pos=None, head=None, unit=None) -> Noise:
@@ -218,8 +250,8 @@ def ablate(site: str, *, baseline="zero", layer=None, pos=None, head=None, unit=
     Args:
       baseline: `"zero"`; `"mean"`, the mean over the examples and the real positions of the run (over the examples
         only, for attention scores and patterns); `"mean_per_position"`, over the examples that have a token there;
-        `"resample"`, the values of another example of the batch, drawn with `key`, the same one at every layer; or an
-        array, such as a mean over a data set.
+        `"resample"`, the values of another example of the batch, drawn with `key`, the same one at every layer (where
+        that one is padded the value stays); or an array, such as a mean over a data set.
       key: for `"resample"` only.
 
     Raises:
@@ -227,7 +259,7 @@ def ablate(site: str, *, baseline="zero", layer=None, pos=None, head=None, unit=
     """
     index = Index.of(layer, pos, head, unit)
     if not isinstance(baseline, str):
-        return Patch(site, index, value_of(site, baseline))
+        return Patch(site, index, value_of(site, baseline), isinstance(baseline, Mapping))
     if baseline == "zero":
         return Patch(site, index, jnp.zeros(()))
     if baseline == "mean":
@@ -256,7 +288,8 @@ def value_of(site: str, value) -> Array:
       SiteError: captured activations without that site.
     """
     if isinstance(value, Mapping):
-        if site not in value:
+        name = site if site in value else canonical(site)
+        if name not in value:
             raise SiteError(f"the captured activations hold {', '.join(value)}, not {site!r}")
-        value = value[site]
+        value = value[name]
     return jnp.asarray(value)

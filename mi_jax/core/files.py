@@ -62,7 +62,7 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit]) -> None:
             operands.append({"array": key, "key": str(jax.random.key_impl(value)) if is_key else None})
             arrays[key] = np.asarray(jax.random.key_data(value) if is_key else value)
         entry = {"kind": names[type(edit)], "site": edit.site, "index": index, "operands": operands}
-        described.append(entry | {"per_example": edit.index.per_example})
+        described.append(entry | {"per_example": edit.index.per_example, "captured": edit.captured})
     path = os.fspath(path)
     unfinished = f"{path}.{os.getpid()}.tmp"
     try:
@@ -90,7 +90,9 @@ def load_edits(path: str | os.PathLike) -> list[Edit]:
             return [_edit(entry, arrays) for entry in json.loads(metadata["edits"])]
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged or no file of edits: {error}") from None
 
 
@@ -103,4 +105,5 @@ def _edit(entry: dict[str, Any], arrays: dict[str, jax.Array]) -> Edit:
         leaves.append(jax.random.wrap_key_data(array, impl=leaf["key"]) if leaf["key"] else array)
     pair = kind in (kinds.Noise, subspaces.SwapSubspace)
     operand = tuple(leaves) if pair else leaves[0] if leaves else None
-    return kind(entry["site"], dataclasses.replace(Index().replace(**index), per_example=entry["per_example"]), operand)
+    placed = dataclasses.replace(Index().replace(**index), per_example=entry["per_example"])
+    return kind(entry["site"], placed, operand, entry["captured"])

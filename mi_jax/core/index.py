@@ -34,8 +34,10 @@ class Index(eqx.Module):
     """Where an edit applies. None: everywhere on that axis.
 
     An int or a scalar array is one place, a list or tuple of ints a set of places. For `pos`, an array of shape
-    `[batch]` gives every example its own position. Negative positions, heads and units count from the end; layers do
-    not. Edits with stacked indices can be mapped over with `jax.vmap`.
+    `[batch]` gives every example its own position. Negative positions, heads and units count from the end of the axis,
+    which at right-padded prompts is padding: give such prompts their own positions. Layers do not count from the end.
+    A place that is out of range is an error where its value is known, and makes the site NaN where it is traced.
+    Edits with stacked indices can be mapped over with `jax.vmap`.
     """
 
     layer: Any = None
@@ -51,6 +53,9 @@ class Index(eqx.Module):
         Raises:
           SiteError: an index that is not an integer, or an empty set, which would edit nothing.
         """
+        for name, value in (("layer", layer), ("pos", pos), ("head", head), ("unit", unit)):
+            if np.ndim(value) > 1:
+                raise SiteError(f"{name!r} takes one place or a flat set of them; got shape {np.shape(value)}")
         per_example = getattr(pos, "ndim", 0) >= 1
         values = {"layer": layer, "pos": pos, "head": head, "unit": unit}
         return cls(**{name: _places(name, value) for name, value in values.items()}, per_example=per_example)
@@ -117,3 +122,10 @@ def check_places(site: str, name: str, value: Array, n: int) -> None:
     for one in np.asarray(value).reshape(-1).tolist():
         if not -n <= one < n:
             raise SiteError(f"site {site!r} has {n} places on {name!r} (0–{n - 1}); got {name}={one}")
+
+
+def out_of_range(value: Array, n: int, *, negative: bool = True) -> Bool[Array, ""] | None:
+    """Whether any of some traced places is out of range; None where the values are known, which were checked."""
+    if not isinstance(value, jax.core.Tracer):
+        return None
+    return ((value >= n) | (value < (-n if negative else 0))).any()

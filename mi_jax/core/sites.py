@@ -38,6 +38,12 @@ _ALIASES = {
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
+def canonical(name: str) -> str:
+    """The site that a TransformerLens name of any layer means; other names as they are."""
+    match = _BLOCK.fullmatch(name)
+    return _ALIASES.get(match[2], name) if match else name
+
+
 class SiteError(InputError):
     """A site, an index or a value that does not fit the model; the message says what exists."""
 
@@ -146,7 +152,8 @@ class SiteTable:
             wanted = At(site.name, layers)
             if any(o.site == site.name and o != wanted for o in out):
                 raise SiteError(
-                    f"site {site.name!r} is asked for twice with different layers; ask once for all of them"
+                    f"site {site.name!r} is asked for twice with different layers; ask once for all of them, such as "
+                    f"mi.at({site.name!r}, layers=(0, 2))"
                 )
             if wanted not in out:
                 out.append(wanted)

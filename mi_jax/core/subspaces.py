@@ -1,11 +1,15 @@
 """Edits of a subspace: taking it out, and interchanging it between runs.
 
 A basis is `[d k]` for every layer or `[layer d k]`, one for each, where `d` is the last axis of the site. Its columns
-need not be orthonormal: what counts is the space that they span.
+need not be orthonormal: what counts is the space that they span. A traced basis with dependent columns becomes NaN.
 """
 
+from collections.abc import Mapping
+
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -36,7 +40,7 @@ class SwapSubspace(Edit):
 
     def prepare(self, operand, x, place):
         basis, value = operand
-        return _checked(basis, x, place), value_at(value, x, place)
+        return _checked(basis, x, place), value_at(value, x, place, captured=self.captured)
 
     def new(self, x, operand):
         basis, value = operand
@@ -64,7 +68,8 @@ def swap_subspace(site: str, basis: ArrayLike, value, *, layer=None, pos=None, h
 
     Source: Geiger et al. 2024 (arXiv 2303.02536), h' = h_base + (h_source − h_base) B Bᵀ.
     """
-    return SwapSubspace(site, Index.of(layer, pos, head, unit), (_orthonormal(basis), value_of(site, value)))
+    operand = (_orthonormal(basis), value_of(site, value))
+    return SwapSubspace(site, Index.of(layer, pos, head, unit), operand, isinstance(value, Mapping))
 
 
 def _orthonormal(basis: ArrayLike) -> Float[Array, "*layer d k"]:
@@ -73,7 +78,16 @@ def _orthonormal(basis: ArrayLike) -> Float[Array, "*layer d k"]:
         raise SiteError(f"a basis has shape [d k] or [layer d k] with k ≤ d; got {basis.shape}")
     if not jnp.issubdtype(basis.dtype, jnp.floating):
         raise SiteError(f"a basis holds floating numbers; got {basis.dtype}")
-    return jnp.linalg.qr(basis)[0]
+    if not isinstance(basis, jax.core.Tracer):
+        # the directions that a dependent column would add are no part of the span: such columns become 0
+        left, size, _ = np.linalg.svd(np.asarray(basis, np.promote_types(basis.dtype, np.float32)), full_matrices=False)
+        independent = size > size.max(-1, initial=0.0, keepdims=True) * max(basis.shape[-2:]) * np.finfo(size.dtype).eps
+        if not independent.all():
+            return jnp.asarray(left * independent[..., None, :], basis.dtype)
+    orthonormal, triangle = jnp.linalg.qr(basis)
+    size = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
+    dependent = (size <= 1e-6 * size.max(-1, keepdims=True)).any((-2, -1) if basis.ndim == 3 else -1)
+    return jnp.where(dependent, jnp.nan, orthonormal)
 
 
 def _checked(basis: Array, x: Array, place: Place) -> Array:

@@ -10,15 +10,14 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from mi_jax.core.apply import Taps, check
 from mi_jax.core.cells import Cells, Resumable
 from mi_jax.core.edits import Edit
-from mi_jax.core.index import Each, index_axis
+from mi_jax.core.index import Each, index_axis, out_of_range
 from mi_jax.core.sites import LAYER, SiteError
 from mi_jax.core.suffixes import pack
-from mi_jax.core.transforms import Intervened, SiteModel
+from mi_jax.core.transforms import Intervened, SiteModel, compiled
 
 Progress = Callable[[int, int], None]
 
@@ -34,14 +33,19 @@ class Sweep(eqx.Module):
     # how many positions, counted from the last, the edit's own positions can change; None where they are not known
     suffix: int | None = eqx.field(static=True, default=None)
 
-    def prepared(self, *inputs) -> "Sweep":
+    def prepared(self, tokens) -> "Sweep":
         """The sweep with the positions that it need not compute left out: a power of two, so few programs do."""
-        first = _first_position(self.edit, inputs[0].shape[1])
-        if first is None:
+        n_pos = tokens.shape[1]
+        first = _first_position(self.edit, n_pos)
+        if first is None or not 0 <= first < n_pos:
             return self
-        return dataclasses.replace(self, suffix=2 ** math.ceil(math.log2(inputs[0].shape[1] - first)))
+        return dataclasses.replace(self, suffix=2 ** math.ceil(math.log2(n_pos - first)))
 
-    def __call__(self, *inputs, output_pos=None, **options) -> Array:
+    def __call__(self, tokens, *inputs, **options) -> Any:
+        # compiled as a whole wherever it is called: a loop compiles its body anew at every call otherwise
+        return compiled(Sweep._run, (self.prepared(tokens), tokens, *inputs), options)
+
+    def _run(self, *inputs, output_pos=None, **options) -> Any:
         table = self.model.site_table
         site, _ = table.resolve(self.edit.site)
         n_pos = inputs[0].shape[1]
@@ -60,7 +64,7 @@ class Sweep(eqx.Module):
         packed, places = pack(starts, n_pos, self.batch_size)
         chunks = (packed, jnp.asarray(grid[np.minimum(places, len(grid) - 1)], jnp.int32))
 
-        run = self._runner(model, taps, at_entry, inputs, output_pos, options)
+        enter, run = self._runner(model, taps, at_entry, inputs, output_pos, options)
         if LAYER in sizes:
             layers = jnp.arange(sizes[LAYER], dtype=jnp.int32)
         else:
@@ -70,12 +74,12 @@ class Sweep(eqx.Module):
 
         def at_layer(row):
             number, layer = row
+            start = enter(layer)
 
             def chunk(row):
                 place, suffixes, cells = row
-                values = jax.vmap(self.metric)(
-                    run(Cells(self.edit, taps, cells, suffixes, tuple(inner), at_entry), layer)
-                )
+                output = run(start, Cells(self.edit, taps, cells, suffixes, tuple(inner), at_entry), layer)
+                values = jax.vmap(self.metric)(output)
                 if self.progress is not None:
                     jax.debug.callback(_Ticks(self.progress, total), number * len(places) + place + 1)
                 return values
@@ -83,15 +87,28 @@ class Sweep(eqx.Module):
             return jax.lax.map(chunk, (jnp.arange(len(places), dtype=jnp.int32), *chunks))
 
         values = jax.lax.map(at_layer, (jnp.arange(len(layers), dtype=jnp.int32), layers))
-        # [layer chunk place …] to the order of the grid, without the places that hold no cell
-        values = values.reshape(len(layers), places.size, *values.shape[3:])
-        values = values[:, np.argsort(places.reshape(-1), kind="stable")[: len(grid)]]
-        return values.reshape(*((len(layers),) if LAYER in sizes else ()), *inner.values(), *values.shape[2:])
+        beyond = (
+            None
+            if not (site.layered and eqx.is_array(layer))
+            else out_of_range(layer, table.size(LAYER), negative=False)
+        )
+
+        def in_order(values):
+            # [layer chunk place …] to the order of the grid, without the places that hold no cell
+            values = values.reshape(len(layers), places.size, *values.shape[3:])
+            values = values[:, np.argsort(places.reshape(-1), kind="stable")[: len(grid)]]
+            values = values.reshape(*((len(layers),) if LAYER in sizes else ()), *inner.values(), *values.shape[2:])
+            return values if beyond is None else jnp.where(beyond, jnp.full_like(values, jnp.nan), values)
+
+        return jax.tree.map(in_order, values)
 
     def _starts(self, grid: np.ndarray, names: tuple[str, ...], n_pos: int, at_entry: bool, taps: Taps) -> np.ndarray:
         """The first position that can change, for every cell."""
         everywhere = np.zeros(len(grid), int)
         if not all(edit.pointwise for edits in taps.values() for edit in edits):
+            return everywhere
+        # an edit of scores or patterns may let a position see those after it
+        if any("key" in self.model.site_table.resolve(name)[0].axes for name in taps):
             return everywhere
         if not (at_entry or self.edit.pointwise):
             return everywhere
@@ -102,17 +119,19 @@ class Sweep(eqx.Module):
             first = max(0, n_pos - self.suffix)
         return everywhere if first is None else np.full(len(grid), first)
 
-    def _runner(self, model, taps: Taps, at_entry: bool, inputs, output_pos, options) -> Callable[[Cells, Array], Any]:
-        """The outputs of the cells of one chunk, at one layer."""
+    def _runner(self, model, taps: Taps, at_entry: bool, inputs, output_pos, options) -> tuple[Callable, Callable]:
+        """What cells that start at a layer have in common, and the outputs of the cells of one chunk."""
         if isinstance(model, Resumable):
-            start = model.unpatched(
-                *inputs, taps=taps, edit=self.edit, at_entry=at_entry, output=output_pos is None, **options
+            base = model.unpatched(*inputs, taps=taps, output=output_pos is None, **options)
+            site, _ = model.site_table.resolve(self.edit.site)
+            return (
+                lambda layer: model.entry(base, site, taps, layer) if at_entry else None,
+                lambda entry, cells, layer: model.resume_cells(base, entry, cells, layer, output_pos),
             )
-            return lambda cells, layer: model.resume_cells(start, cells, layer, output_pos)
         options = options if output_pos is None else options | {"output_pos": output_pos}
         by_layer = isinstance(self.edit.index.layer, Each)
 
-        def whole(cells: Cells, layer):
+        def whole(start, cells: Cells, layer):
             def one(places):
                 edit = self.edit.placed(**dict(zip(cells.index_names, places, strict=True)))
                 edit = edit.placed(layer=layer) if by_layer else edit
@@ -121,7 +140,7 @@ class Sweep(eqx.Module):
 
             return jax.vmap(one)(cells.places)
 
-        return whole
+        return lambda layer: None, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +184,10 @@ def sweep(
 
     Args:
       edit: an edit with one or more of `layer`, `pos`, `head`, `unit` equal to `mi.each`.
-      metric: from the model's output to an array, such as a mean logit difference.
+      metric: from the model's output to an array or a pytree of arrays, such as a mean logit difference.
       batch_size: cells of one layer that are computed at once; bounds the memory, changes nothing else.
-      progress: called with the number of finished batches and their total; `mi_jax.run.Bar` draws it.
+      progress: called with the number of finished batches and their total; a `mi_jax.run.Bar` draws it. It is part of
+        the program: use one bar for many sweeps.
 
     Returns:
       A function of the tokens (and the model's options). Its result has the marked axes first, in the order layer,

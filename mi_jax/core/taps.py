@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from mi_jax.core.apply import Taps, apply, split
-from mi_jax.core.sites import At, SiteTable
+from mi_jax.core.sites import LAYER, At, SiteTable
 
 Rows = dict[str, tuple[Any, ...]]
 
@@ -48,7 +48,8 @@ class Tap:
             site, _ = self._table.resolve(name)
             for edit, row in zip(edits, self._rows.get(name, (None,) * len(edits)), strict=True):
                 operand = edit.operand if row is None else eqx.combine(row, edit.operand)
-                x = apply(edit, operand, x, site, self._layer, self._mask)
+                n_layers = self._table.size(LAYER) if site.layered else None
+                x = apply(edit, operand, x, site, self._layer, self._mask, n_layers)
         if name in self._wanted:
             self.seen[name] = x
         return x

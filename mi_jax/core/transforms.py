@@ -87,7 +87,8 @@ def capture(model: SiteModel, *specs: str | At) -> Captured:
 
 
 @eqx.filter_jit
-def _compiled(fn, args, options):
+def compiled(fn: Callable, args: tuple, options: dict[str, Any]) -> Any:
+    """A call of `fn`, itself a pytree, as one program."""
     return fn(*args, **options)
 
 
@@ -101,15 +102,17 @@ def jit(fn: Callable) -> Callable:
       `logits = mi.jit(mi.intervene(model, mi.ablate("attn.z", layer=5, head=3)))(tokens)`
 
     Raises:
-      SiteError: in the call, for an edit at a position that the first argument, `[batch pos …]`, does not have.
+      SiteError: in the call of a model or a transform, for an edit at a position that the prompts do not have.
     """
 
     def call(*args, **options):
         prepared = fn
-        if args and getattr(args[0], "ndim", 0) > 1:
-            check_positions((fn, options), args[0].shape[1])
+        # of a function of the user's own nobody knows which argument holds the prompts
+        prompts = next((x for x in (*args, *options.values()) if getattr(x, "ndim", 0) > 1), None)
+        if prompts is not None and (hasattr(fn, "site_table") or hasattr(fn, "prepared")):
+            check_positions((fn, options), prompts.shape[1])
             # what is known before the arrays become arguments may make the program smaller
-            prepared = fn.prepared(*args) if hasattr(fn, "prepared") else fn
-        return _compiled(prepared, args, options)
+            prepared = fn.prepared(prompts) if hasattr(fn, "prepared") else fn
+        return compiled(prepared, args, options)
 
     return call

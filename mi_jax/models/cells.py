@@ -1,9 +1,10 @@
 """Many cells of a sweep at once, from the edited layer and position on.
 
 Everything before the edit is the same in every cell and is computed once, in the unpatched run: the stream before every
-layer, the keys and values, and the edited site itself. A cell starts from these. Its edited layer comes first, with the
-edited site put in as a known value, so that what leads to it is never computed; a loop runs the layers after it. The
-stream holds the positions that can have changed, those of all cells on one flat axis (`mi_jax.core.suffixes`).
+layer, the keys and values, and, in one layer at a time, the edited site itself. A cell starts from these. Its edited
+layer comes first, with the edited site put in as a known value, so that what leads to it is never computed; a loop runs
+the layers after it. The stream holds the positions that can have changed, those of all cells on one flat axis
+(`mi_jax.core.suffixes`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.apply import Taps, apply, split
 from mi_jax.core.cells import Cells
-from mi_jax.core.edits import Edit
-from mi_jax.core.sites import Site, at
+from mi_jax.core.sites import Site
 from mi_jax.core.suffixes import Suffixes
 from mi_jax.core.taps import Tap, stacked_rows
-from mi_jax.models.block import block
+from mi_jax.models.block import Prompts, block
 
 if TYPE_CHECKING:
     from mi_jax.models.decoder import Decoder
@@ -33,18 +33,26 @@ class Unpatched(eqx.Module):
 
     Attributes:
       stream: before every layer, and after the last one.
-      site: the edited site, where the cells start from it.
-      mid: the stream between attention and MLP, where the edited site comes after it.
       logits: where the cells' whole output is wanted.
     """
 
     stream: Float[Array, "row batch pos d_model"]
     keys: Float[Array, "layer batch pos kv_head d_head"]
     values: Float[Array, "layer batch pos kv_head d_head"]
-    site: Array | None
-    mid: Float[Array, "layer batch pos d_model"] | None
     logits: Float[Array, "batch pos d_vocab"] | None
     mask: Bool[Array, "batch pos"]
+
+
+class Entry(eqx.Module):
+    """What cells find in their first layer.
+
+    Attributes:
+      site: the edited site without the edit.
+      mid: the stream between attention and MLP, where the edited site comes after it.
+    """
+
+    site: Array
+    mid: Float[Array, "batch pos d_model"] | None
 
 
 def unpatched(
@@ -52,30 +60,32 @@ def unpatched(
     tokens: Int[Array, "batch pos"],
     mask: Bool[Array, "batch pos"] | None,
     taps: Taps,
-    edit: Edit,
     *,
-    at_entry: bool,
     output: bool,
 ) -> Unpatched:
     """The run without the edit."""
-    last = model.config.n_layers - 1
-    wanted = {name: at(name) for name in ("resid_pre", "attn.k", "attn.v")} | {"resid_post": at("resid_post", last)}
-    if at_entry and edit.site not in _HEAD:
-        wanted[edit.site] = at(edit.site)
-    from_mid = at_entry and edit.site in _AFTER_ATTENTION
-    if from_mid:
-        wanted["resid_mid"] = at("resid_mid")
-    logits, acts = model(tokens, mask, taps=taps, capture=tuple(wanted.values()), output=output)
-    after = acts["resid_post"][-1] if wanted["resid_post"].layers is None else acts["resid_post"]
+    # the stream as a layer gets it, before the edits of `resid_pre`, which the layer makes itself
+    logits, acts = model(tokens, mask, taps=taps, capture=("embed", "attn.k", "attn.v", "resid_post"), output=output)
     return Unpatched(
-        stream=jnp.concatenate([acts["resid_pre"], after[None]]),
+        stream=jnp.concatenate([acts["embed"][None], acts["resid_post"]]),
         keys=acts["attn.k"],
         values=acts["attn.v"],
-        site=acts.get(edit.site) if at_entry else None,
-        mid=acts["resid_mid"] if from_mid else None,
         logits=logits,
         mask=jnp.ones(tokens.shape, bool) if mask is None else mask,
     )
+
+
+def entry(model: "Decoder", run: Unpatched, site: Site, taps: Taps, layer: Int[Array, ""]) -> Entry | None:
+    """The unpatched value of a site in one layer, computed anew: to keep it for all layers would cost memory."""
+    if site.name in _HEAD:
+        return None
+    if not site.layered:
+        return Entry(run.stream[0], None)
+    params, x, row = _at(layer, (model.blocks, run.stream, stacked_rows(taps, model.site_table)))
+    wanted = (site.name, "resid_mid") if site.name in _AFTER_ATTENTION else (site.name,)
+    tap = Tap(model.site_table, taps, wanted, row, layer, run.mask)
+    block(params, x, tap, model.config, Prompts(run.mask))
+    return Entry(tap.seen[site.name], tap.seen.get("resid_mid") if len(wanted) > 1 else None)
 
 
 class _CellLayout(eqx.Module):
@@ -153,7 +163,12 @@ def _on_pairs(site: Site) -> bool:
 
 
 def resume_cells(
-    model: "Decoder", run: Unpatched, cells: Cells, layer: Int[Array, ""], output_pos: Int[Array, " batch"] | None
+    model: "Decoder",
+    run: Unpatched,
+    entry: Entry | None,
+    cells: Cells,
+    layer: Int[Array, ""],
+    output_pos: Int[Array, " batch"] | None,
 ) -> Float[Array, "cell batch out_pos d_vocab"]:
     """The logits of all cells, which start at `layer`."""
     suffixes, edit = cells.suffixes, cells.edit
@@ -168,13 +183,14 @@ def resume_cells(
         return block(params, x, _CellTap(model, cells, row, layer, run.mask, known), model.config, layout)
 
     x = suffixes.of(_at(layer, run.stream))
-    if cells.at_entry:
-        assert run.site is not None
-        row, value, mid = _at(layer, (rows[_SWEPT], run.site, run.mid)) if site.layered else (None, run.site, None)
-        value = cells.edited(row, value[:, None], site, layer if site.layered else None, run.mask)
+    if entry is not None:
+        row = _at(layer, rows[_SWEPT]) if site.layered else None
+        value = cells.edited(row, entry.site[:, None], site, layer if site.layered else None, run.mask)
         value = suffixes.flat(value) if _on_pairs(site) else _rows(value)
         if site.layered:
-            x = step(layer, x, {site.name: value} | ({} if mid is None else {"resid_mid": suffixes.of(mid)}))
+            x = step(
+                layer, x, {site.name: value} | ({} if entry.mid is None else {"resid_mid": suffixes.of(entry.mid)})
+            )
             layer = layer + 1
         else:
             x = value
@@ -195,7 +211,8 @@ def _head(model: "Decoder", run: Unpatched, cells: Cells, x: Array, output_pos: 
         tap = Tap(model.site_table, taps, (), {}, None, run.mask)
         return jax.vmap(lambda x: model.head(x, tap, output_pos), 1)(suffixes.rows(x, last))
     if output_pos is not None:
-        pair = suffixes.pair[:, output_pos]  # [cell batch]
+        # [cell batch]; a position past the end is in no suffix, and NaN in the unpatched stream
+        pair = suffixes.pair.at[:, output_pos].get(mode="fill", fill_value=x.shape[1])
         chosen = jnp.take_along_axis(x, jnp.minimum(pair, x.shape[1] - 1).T[:, :, None], axis=1)
         before = jnp.take_along_axis(last, output_pos[:, None, None], axis=1)
         chosen = jnp.where((pair < x.shape[1]).T[:, :, None], chosen, before)  # [batch cell d_model]

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mi_jax.core.apply import Taps
+from mi_jax.core.apply import Taps, checked
 from mi_jax.core.cells import Cells
-from mi_jax.core.edits import Edit
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, Site, SiteError, SiteTable
 from mi_jax.core.taps import Slots, Tap, stacked_rows
 from mi_jax.models.block import MLP, Attention, Block, Norm, Prompts, block
-from mi_jax.models.cells import Unpatched, resume_cells, unpatched
+from mi_jax.models.cells import Entry, Unpatched, entry, resume_cells, unpatched
 from mi_jax.models.config import DecoderConfig
 
 _STREAM = ("layer", "batch", "pos", "d_model")
@@ -100,16 +99,24 @@ class Decoder(eqx.Module):
           InputError: a prompt longer than the context.
           SiteError: an unknown site, or an edit that does not fit.
         """
+        if tokens.ndim != 2 or (mask is not None and mask.shape != tokens.shape):
+            shape = "no mask" if mask is None else f"a mask of shape {mask.shape}"
+            raise InputError(
+                f"tokens and mask have shape [batch pos]; got tokens of shape {tokens.shape} and {shape}; "
+                "tokens[None] makes a batch of one prompt"
+            )
         if tokens.shape[1] > self.config.n_ctx:
             raise InputError(
                 f"the prompt has {tokens.shape[1]} tokens, the context of {self.config.name} is {self.config.n_ctx}; "
                 "shorten it or split it"
             )
-        table, taps = self.site_table, taps or {}
+        table = self.site_table
+        taps = checked(taps or {}, table)
         slots = Slots(table.normalise(capture or ()), table)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         outer = Tap(table, taps, slots.single, {}, None, mask)
-        x = self.embed[tokens]
+        # a token that is not in the vocabulary has no embedding, rather than that of the last one
+        x = self.embed.at[tokens].get(mode="fill", fill_value=jnp.nan)
         if self.pos_embed is not None:
             x = x + self.pos_embed[None, : tokens.shape[1]]
         x = outer("embed", x)
@@ -167,15 +174,24 @@ class Decoder(eqx.Module):
         x = jax.lax.fori_loop(layer, self.config.n_layers, body, x)
         return self.head(x, Tap(table, taps, (), {}, None, mask), output_pos)
 
-    def unpatched(self, tokens, mask=None, *, taps: Taps, edit: Edit, at_entry: bool, output: bool) -> Unpatched:
+    def unpatched(self, tokens, mask=None, *, taps: Taps, output: bool) -> Unpatched:
         """What the cells of a sweep need of the run without the swept edit; see `mi_jax.core.cells`."""
-        return unpatched(self, tokens, mask, taps, edit, at_entry=at_entry, output=output)
+        return unpatched(self, tokens, mask, taps, output=output)
+
+    def entry(self, run: Unpatched, site: Site, taps: Taps, layer: Int[Array, ""]) -> Entry | None:
+        """The unpatched value of the swept site in one layer."""
+        return entry(self, run, site, taps, layer)
 
     def resume_cells(
-        self, run: Unpatched, cells: Cells, layer: Int[Array, ""], output_pos: Int[Array, " batch"] | None = None
+        self,
+        run: Unpatched,
+        entry: Entry | None,
+        cells: Cells,
+        layer: Int[Array, ""],
+        output_pos: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "cell batch out_pos d_vocab"]:
         """Logits of all cells, from `layer` and from each cell's first edited position on."""
-        return resume_cells(self, run, cells, layer, output_pos)
+        return resume_cells(self, run, entry, cells, layer, output_pos)
 
     def head(self, x: Float[Array, "batch pos d_model"], tap: Tap, output_pos: Array | None = None) -> Array:
         """Final norm and unembedding."""

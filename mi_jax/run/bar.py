@@ -11,15 +11,20 @@ class Bar:
     reported late and out of order, as devices do.
 
     Example:
-      `mi.jit(mi.sweep(model, edit, metric, progress=Bar("patching")))(corrupt)`
+      `bar = Bar("patching")`, then `mi.jit(mi.sweep(model, edit, metric, progress=bar))(corrupt)` for every prompt.
     """
 
     def __init__(self, title: str, *, console: Console | None = None):
         self._title, self._console = title, console
         self._progress: Progress | None = None
-        self._done = self._reports = 0
+        self._total = 0
+        self._seen: set[int] = set()
 
     def __call__(self, done: int, total: int) -> None:
+        if self._progress is not None and (total != self._total or done in self._seen):
+            # the computation before was interrupted
+            self._progress.stop()
+            self._progress = None
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -31,10 +36,9 @@ class Bar:
             )
             self._task = self._progress.add_task(self._title, total=total)
             self._progress.start()
-            self._done = self._reports = 0
-        self._reports += 1
-        self._done = max(self._done, done)
-        self._progress.update(self._task, completed=self._done)
-        if self._reports == total:
+            self._total, self._seen = total, set()
+        self._seen.add(done)
+        self._progress.update(self._task, completed=max(self._seen))
+        if len(self._seen) == total:
             self._progress.stop()
             self._progress = None

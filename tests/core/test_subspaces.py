@@ -134,3 +134,48 @@ def test_a_nan_where_the_edit_does_not_apply_reaches_nothing(make):
         assert np.isfinite(found).all()
         np.testing.assert_array_equal(found, expected)
     assert loss(value, tiny().embed) == loss(clean, tiny().embed)
+
+
+def test_padding_holds_no_nan_against_the_real_tokens():
+    mask = jnp.arange(5)[None, :] < jnp.array([5, 3])[:, None]
+    value = jnp.where(mask[None, :, :, None], 0.7, jnp.full((3, 2, 5, 8), jnp.nan))
+
+    def loss(value):
+        logits = mi.intervene(tiny(), mi.patch("resid_pre", value, layer=1))(TOKENS, mask)
+        return jnp.square(jnp.where(mask[:, :, None], logits, 0.0)).mean()
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(value)
+    expected, wanted = jax.jit(jax.value_and_grad(loss))(jnp.nan_to_num(value, nan=5.0))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    real = np.broadcast_to(np.asarray(mask)[None, :, :, None], value.shape)
+    np.testing.assert_allclose(np.asarray(gradient)[real], np.asarray(wanted)[real], atol=1e-7)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "mean_per_position", "resample"])
+@pytest.mark.parametrize("site", ["mlp_out", "attn.pattern"])
+def test_what_stands_at_padding_changes_no_real_token(baseline, site):
+    mask = jnp.arange(5)[None, :] < jnp.array([5, 3])[:, None]
+    edit = mi.ablate(site, baseline=baseline, layer=0, key=jax.random.key(1))
+    run = mi.jit(mi.intervene(tiny(), edit))
+    one, other = run(TOKENS, mask), run(jnp.where(mask, TOKENS, (TOKENS + 1) % 13), mask)
+    np.testing.assert_allclose(np.asarray(one)[np.asarray(mask)], np.asarray(other)[np.asarray(mask)], atol=TOLERANCE)
+
+
+def test_noise_does_not_depend_on_the_padding():
+    run = mi.jit(mi.intervene(tiny(), mi.noise("embed", 0.5, key=jax.random.key(2))))
+    padded = jnp.pad(TOKENS, ((0, 0), (0, 3)))
+    mask = jnp.broadcast_to(jnp.arange(8)[None, :] < 5, (2, 8))
+    np.testing.assert_allclose(run(padded, mask)[:, :5], run(TOKENS), atol=TOLERANCE)
+
+
+def test_dependent_columns_span_no_more_than_what_they_span():
+    one = jnp.ones((8, 1))
+    alone = edited(mi.project_out("resid_pre", one, layer=LAST))
+    repeated = edited(mi.project_out("resid_pre", jnp.concatenate([one, 2 * one, 0 * one], 1), layer=LAST))
+    np.testing.assert_allclose(repeated, alone, atol=TOLERANCE)
+    nothing = edited(mi.project_out("resid_pre", 0 * one, layer=LAST))
+    np.testing.assert_allclose(nothing, edited(mi.add("resid_pre", 0.0)), atol=TOLERANCE)
+    traced = jax.jit(lambda basis: mi.intervene(tiny(), mi.project_out("resid_pre", basis, layer=LAST))(TOKENS))
+    assert np.isnan(traced(jnp.ones((8, 2)))).all()
+    assert np.isfinite(traced(jnp.eye(8, 2))).all()

@@ -34,11 +34,13 @@ class _WithoutResume(eqx.Module):
 
 
 def _base_edits(model):
-    """Edits that hold in every cell: one that looks at single positions, one that mixes them, one of the output."""
+    """Edits that hold in every cell: of single positions, of the stream, of what a position sees, of the output."""
     return {
         "none": (),
         "pointwise": (mi.scale("attn_out", 0.5, layer=0), mi.ablate("attn.z", layer=0, head=1, pos=2)),
         "mixing": (mi.ablate("attn_out", baseline="mean"), mi.scale("attn.scores", 0.7, head=0)),
+        "stream": (mi.add("resid_pre", 0.7, pos=-2), mi.scale("resid_post", 1.3, layer=0)),
+        "seeing ahead": (mi.ablate("attn.scores", head=0),),
         "head": (mi.scale("final_norm", 1.5, pos=3),),
     }
 
@@ -95,7 +97,7 @@ def sweeps(draw):
         "index": index,
         "sizes": sizes,
         "kind": draw(st.sampled_from(["patch", "scale", "mean", "noise", "transform", "resample"])),
-        "base": draw(st.sampled_from(["none", "none", "pointwise", "mixing", "head"])),
+        "base": draw(st.sampled_from(["none", "pointwise", "stream", "mixing", "seeing ahead", "head"])),
         "batch_size": draw(st.sampled_from([1, 3, 16])),
         "masked": draw(st.booleans()),
         "output_pos": draw(st.booleans()),

@@ -13,6 +13,7 @@ from tests.models.tiny import prompts, tiny
 
 TOLERANCE = 1e-5
 CLEAN, CORRUPT = prompts(3), prompts(4)
+KEY = jax.random.key(2)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,44 @@ def test_a_sweep_of_an_intervened_model_keeps_its_edits(acts):
     values = mi.jit(mi.sweep(base, edit, metric))(CORRUPT)
     one = mi.jit(mi.intervene(base, mi.patch("attn.z", acts, layer=1)))(CORRUPT)
     np.testing.assert_allclose(values[1], metric(one), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [mi.add("resid_pre", 1.0, layer=1), mi.ablate("attn.scores", head=1), mi.noise("attn.pattern", 0.2, key=KEY)],
+    ids=["the stream before a layer", "tokens see those after them", "noise in the pattern"],
+)
+def test_edits_that_hold_in_every_cell_are_made_once_and_break_no_causality(acts, base):
+    model = mi.intervene(tiny(), base)
+    for edit in (
+        mi.patch("attn.z", acts, layer=mi.each, head=mi.each),
+        mi.patch("resid_pre", acts, layer=mi.each, pos=mi.each),
+    ):
+        found = mi.jit(mi.sweep(model, edit, lambda logits: logits))(CORRUPT)
+        whole = mi.jit(mi.sweep(_WithoutResume(model), edit, lambda logits: logits))(CORRUPT)
+        np.testing.assert_allclose(found, whole, atol=TOLERANCE)
+
+
+def test_a_metric_can_be_a_tree_and_a_sweep_needs_no_jit(acts):
+    edit = mi.patch("attn.z", acts, layer=1, head=mi.each)
+
+    def metrics(logits):
+        return {"mean": logits.mean(), "last": (logits[:, -1],)}
+
+    found = mi.sweep(tiny(), edit, metrics)(tokens=CORRUPT)
+    one = mi.intervene(tiny(), mi.patch("attn.z", acts, layer=1, head=2))(CORRUPT)
+    np.testing.assert_allclose(found["mean"][2], one.mean(), atol=TOLERANCE)
+    np.testing.assert_allclose(found["last"][0][2], one[:, -1], atol=TOLERANCE)
+
+
+def test_positions_of_the_output_past_the_end_are_nan_as_in_the_model(acts):
+    edit = mi.patch("attn.z", acts, layer=1, head=mi.each)
+    past = jnp.array([1, 9], jnp.int32)
+    found = np.asarray(mi.jit(mi.sweep(tiny(), edit, lambda logits: logits))(CORRUPT, output_pos=past))
+    alone = np.asarray(mi.jit(tiny())(CORRUPT, output_pos=past))
+    assert np.isnan(alone[1]).all()
+    assert np.isnan(found[:, 1]).all()
+    assert np.isfinite(found[:, 0]).all()
 
 
 def test_a_sweep_computes_only_from_the_edited_layer_on(acts):
