@@ -244,7 +244,7 @@ def noise(site: str, std, *, key, layer=None, pos=None, head=None, unit=None) ->
     return Noise(site, Index.of(layer, pos, head, unit), (jnp.asarray(std), key))
 
 
-def ablate(site: str, *, baseline="zero", layer=None, pos=None, head=None, unit=None, key=None) -> Edit:
+def ablate(site: str, *, baseline: Any = "zero", layer=None, pos=None, head=None, unit=None, key=None) -> Edit:
     """Removes what a site carries.
 
     Args:

@@ -54,8 +54,9 @@ class Index(eqx.Module):
           SiteError: an index that is not an integer, or an empty set, which would edit nothing.
         """
         for name, value in (("layer", layer), ("pos", pos), ("head", head), ("unit", unit)):
-            if np.ndim(value) > 1:
-                raise SiteError(f"{name!r} takes one place or a flat set of them; got shape {np.shape(value)}")
+            shape = () if value is None else np.shape(value)
+            if len(shape) > 1:
+                raise SiteError(f"{name!r} takes one place or a flat set of them; got shape {shape}")
         per_example = getattr(pos, "ndim", 0) >= 1
         values = {"layer": layer, "pos": pos, "head": head, "unit": unit}
         return cls(**{name: _places(name, value) for name, value in values.items()}, per_example=per_example)

@@ -87,11 +87,9 @@ class Sweep(eqx.Module):
             return jax.lax.map(chunk, (jnp.arange(len(places), dtype=jnp.int32), *chunks))
 
         values = jax.lax.map(at_layer, (jnp.arange(len(layers), dtype=jnp.int32), layers))
-        beyond = (
-            None
-            if not (site.layered and eqx.is_array(layer))
-            else out_of_range(layer, table.size(LAYER), negative=False)
-        )
+        beyond = None
+        if site.layered and isinstance(layer, jax.Array):
+            beyond = out_of_range(layer, table.size(LAYER), negative=False)
 
         def in_order(values):
             # [layer chunk place …] to the order of the grid, without the places that hold no cell
@@ -123,7 +121,7 @@ class Sweep(eqx.Module):
         """What cells that start at a layer have in common, and the outputs of the cells of one chunk."""
         if isinstance(model, Resumable):
             base = model.unpatched(*inputs, taps=taps, output=output_pos is None, **options)
-            site, _ = model.site_table.resolve(self.edit.site)
+            site, _ = self.model.site_table.resolve(self.edit.site)
             return (
                 lambda layer: model.entry(base, site, taps, layer) if at_entry else None,
                 lambda entry, cells, layer: model.resume_cells(base, entry, cells, layer, output_pos),
