@@ -37,11 +37,13 @@ CONFIGS = {
 @functools.cache
 def tiny(name: str = "llama") -> Decoder:
     """A model in which every weight is random, norms and biases included, so that none can be forgotten unseen."""
-    model = init_decoder(CONFIGS[name], key=jax.random.key(1))
-    leaves, treedef = jax.tree.flatten(model)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, noisy)
+    # a first call inside a traced function must not keep that function's tracers
+    with jax.ensure_compile_time_eval():
+        model = init_decoder(CONFIGS[name], key=jax.random.key(1))
+        leaves, treedef = jax.tree.flatten(model)
+        keys = jax.random.split(jax.random.key(2), len(leaves))
+        noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(treedef, noisy)
 
 
 def prompts(seed: int, batch: int = 2, n_pos: int = 5, d_vocab: int = 13) -> jax.Array:
