@@ -81,7 +81,7 @@ def agreement(
     """Rank correlation and sign agreement of scores with exact effects.
 
     Exact effects below 10⁻⁵ of the largest count as none, and so do such scores in the ranks; signs are compared where
-    there is an exact effect.
+    there is an exact effect. Every figure is NaN where a score or an exact effect is not finite.
     """
     k_resample, k_permute = jax.random.split(key)
     rows = jax.random.randint(k_resample, (_RESAMPLES, scores.shape[0]), 0, scores.shape[0])
@@ -91,12 +91,15 @@ def agreement(
         return jnp.where(jnp.abs(x) <= _NEGLIGIBLE * jnp.abs(x).max(), 0.0, x)
 
     truth = rounded(exact.astype(scores.dtype))
+    # sorting would give a NaN the highest rank, and a resample may miss it
+    known = jnp.isfinite(scores).all() & jnp.isfinite(exact).all()
 
     def measured(statistic: Callable[[Array, Array], Array], found: Array, truth: Array) -> Agreement:
         resampled = jax.vmap(lambda row: statistic(found[row], truth[row]))(rows)
         permuted = jax.vmap(lambda order: statistic(found[order], truth))(orders)
         low, high = jnp.quantile(resampled, jnp.asarray([0.025, 0.975], resampled.dtype))
-        return Agreement(statistic(found, truth), low, high, jnp.quantile(permuted, 0.975))
+        figures = (statistic(found, truth), low, high, jnp.quantile(permuted, 0.975))
+        return Agreement(*(jnp.where(known, x, jnp.nan) for x in figures))
 
     ranks = measured(spearman, rounded(scores), truth if signed else jnp.abs(truth))
     return Check(scores, exact, ranks, measured(sign_agreement, scores, truth) if signed else None)

@@ -22,6 +22,8 @@ DIRECTIONS = ("denoising", "noising")
 class Agreement(eqx.Module):
     """A figure of agreement with exact patching.
 
+    NaN throughout where a score or an exact effect is not finite.
+
     Attributes:
       value: on the sampled nodes.
       ci_low, ci_high: 95 % bootstrap interval over the sampled nodes.
@@ -59,6 +61,8 @@ class Effects(eqx.Module):
       method: how the figures were got, such as "atp" or "exact"; `mi.attribute` lists them.
       axes: the axes of every site's array.
       check: agreement with exact patching on a sample, where it was asked for.
+      completeness_gap: for "ig", the sum of the scores of `embed` minus (target − baseline): the error of the integral
+        with these `steps`. None for other methods.
     """
 
     values: dict[str, Float[Array, "..."]]
@@ -68,6 +72,7 @@ class Effects(eqx.Module):
     method: str = eqx.field(static=True)
     axes: tuple[tuple[str, tuple[str, ...]], ...] = eqx.field(static=True)
     check: Check | None = None
+    completeness_gap: Float[Array, "*copies"] | None = None
 
     def __getitem__(self, site: str) -> Float[Array, "..."]:
         if site not in self.values:
@@ -92,9 +97,11 @@ class Effects(eqx.Module):
             sizes = zip(axes, shape[len(shape) - len(axes) :], strict=True)
             sites.append(" ".join([site, *(f"{axis}={n}" for axis, n in sizes)]))
         figures = f"baseline={_figure(self.baseline)}, target={_figure(self.target)}"
+        gap = "" if self.completeness_gap is None else f", completeness_gap={_figure(self.completeness_gap)}"
         checked = "" if self.check is None else f", rank_correlation={_figure(self.check.rank_correlation.value)}"
         return (
-            f"Effects(method={self.method!r}, direction={self.direction!r}, {figures}{checked}, of {', '.join(sites)})"
+            f"Effects(method={self.method!r}, direction={self.direction!r}, {figures}{gap}{checked}, "
+            f"of {', '.join(sites)})"
         )
 
 

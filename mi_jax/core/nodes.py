@@ -1,5 +1,6 @@
 """Nodes: places in the activation pytree, without a value: what is attributed to, sent from and received at."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -23,7 +24,7 @@ class Node(eqx.Module):
 
     def patch(self, value: Any) -> Patch:
         """The edit that puts a value there: the site's dictionary or array, from which the same place is taken."""
-        return Patch(self.site, self.index, value_of(self.site, value))
+        return Patch(self.site, self.index, value_of(self.site, value), isinstance(value, Mapping))
 
     def checked(self, table: SiteTable) -> "Node":
         """The node with its site's own name, and the layer in the index where the name gave it.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -22,6 +23,7 @@ from mi_jax.core.edits import Edit, Patch
 from mi_jax.core.effects import Effects, base_and_source, check_direction, mean_metric
 from mi_jax.core.index import Each, Index, check_places, index_axis
 from mi_jax.core.nodes import INDEX_NAMES, Node, as_node, edited
+from mi_jax.core.reach import check_path
 from mi_jax.core.sites import SiteError, SiteTable
 from mi_jax.core.transforms import SiteModel
 
@@ -130,8 +132,8 @@ def path_patch(
     """Patches the paths from a sender to receivers, and nothing else.
 
     Args:
-      sender: a node or a site; indices marked with `mi.each` sweep over all senders in one program. A sender inside a
-        held component, such as `attn.q` of a head, moves nothing unless that component is in `through`.
+      sender: a node or a site; indices marked with `mi.each` sweep over all senders in one program. Of a sender inside
+        a held component, such as `attn.q` of a head, the component must be in `through`.
       receivers: where the paths end: inputs of components (`attn.q`, `attn.k`, `attn.v`, `attn.q_in`, `mlp.in`, …),
         or `mi.node("resid_post", layer=last)` for the direct effect on the output.
       metric: from the model's output to a scalar or to one value an example; None returns the outputs.
@@ -147,9 +149,12 @@ def path_patch(
 
     Raises:
       InputError: an unknown direction, or, in the call, prompts of different shapes.
-      SiteError: a site or place that does not exist, nothing to hold, a receiver that is held, or a place of `through`
-        that is not.
+      SiteError: a site or place that does not exist, nothing to hold, a receiver that is held, a place of `through`
+        that is not, or no path from the sender to any receiver. Paths are checked by the layers and heads that are
+        known numbers, at the decoder's sites; a sweep needs one place with a path, the others have effect 0.
     """
+    if batch_size < 1:
+        raise SiteError(f"batch_size is the number of senders computed at once, at least 1; got {batch_size}")
     table = model.site_table
     check_direction(direction)
     held = _frozen(table, frozen)
@@ -170,7 +175,9 @@ def path_patch(
     for place in (*ends, *passed):
         if any(isinstance(value, Each) for _, value in place.index.items()):
             raise SiteError(f"mi.each marks places of the sender, not of {place.site!r}; leave the index out for all")
-    return PathPatch(model, as_node(sender, table), ends, metric, passed, direction, held, batch_size)
+    start = as_node(sender, table)
+    check_path(table, start, ends, held, passed)
+    return PathPatch(model, start, ends, metric, passed, direction, held, batch_size)
 
 
 def _many(places: str | Node | Sequence[str | Node]) -> tuple[str | Node, ...]:

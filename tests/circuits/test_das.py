@@ -11,6 +11,7 @@ import pytest
 import mi_jax as mi
 from mi_jax.circuits.das import CONTROLS, Boundary, Triples, fit_das, principal_angles
 from mi_jax.circuits.das import fit as fit_module
+from mi_jax.circuits.das.program import unedited
 from mi_jax.core.errors import InputError
 from tests.circuits.rotated import D_MODEL, Rotated, rotated, triples
 from tests.models.tiny import prompts, tiny
@@ -143,20 +144,21 @@ def test_a_site_outside_the_layers_and_without_positions():
     assert principal_angles(jnp.asarray(found.basis()), rotated().a).max() < ANGLE
 
 
-def decoder_triples() -> Triples:
+def decoder_triples(seed: int, n: int) -> Triples:
     """Padded prompts with a position that differs between them; labels that the model gives half of the time."""
-    base, source = prompts(3, 12), prompts(4, 12)
-    lengths = jnp.array([5, 4, 3] * 4, jnp.int32)
+    base, source = prompts(seed, n), prompts(seed + 1, n)
+    lengths = jnp.array([5, 4, 3] * (n // 3), jnp.int32)
     mask = jnp.arange(5, dtype=jnp.int32)[None, :] < lengths[:, None]
-    answer = jnp.argmax(mi.jit(tiny())(source, mask), -1)[jnp.arange(12), lengths - 1].astype(jnp.int32)
+    answer = jnp.argmax(mi.jit(tiny())(source, mask), -1)[jnp.arange(n), lengths - 1].astype(jnp.int32)
     return Triples(base, source, answer, mask, places={"second last": lengths - 2})
 
 
 @pytest.fixture(scope="module")
 def on_decoder():
-    held_out = decoder_triples()
-    data = jax.tree.map(lambda x: jnp.concatenate([x, x]), held_out)
-    found = few(tiny(), data, held_out=held_out, layers=(2, 0), positions=("second last", 0, -3), batch_size=5)
+    held_out = decoder_triples(3, 12)
+    found = few(
+        tiny(), decoder_triples(5, 24), held_out=held_out, layers=(2, 0), positions=("second last", 0, -3), batch_size=5
+    )
     return held_out, found
 
 
@@ -183,8 +185,14 @@ def test_the_output_at_one_position_is_that_of_a_model_without_the_option(on_dec
     held_out, found = on_decoder
     # an edit that does nothing hides the decoder, so that logits at all positions are computed and picked from
     wrapped = mi.intervene(tiny(), mi.scale("embed", 1.0))
-    data = jax.tree.map(lambda x: jnp.concatenate([x, x]), held_out)
-    same = few(wrapped, data, held_out=held_out, layers=(2, 0), positions=("second last", 0, -3), batch_size=5)
+    same = few(
+        wrapped,
+        decoder_triples(5, 24),
+        held_out=held_out,
+        layers=(2, 0),
+        positions=("second last", 0, -3),
+        batch_size=5,
+    )
     np.testing.assert_allclose(same.losses, found.losses, atol=1e-4)
     np.testing.assert_array_equal(same.iia.value, found.iia.value)
 
@@ -217,6 +225,7 @@ def test_what_was_not_fitted_is_named(on_decoder):
         ({"site": "blocks.1.hook_resid_post", "layers": 0}, "names its layer"),
         ({"positions": 2}, "has 2 positions (0–1); got 2"),
         ({"positions": ()}, "one or more"),
+        ({"positions": (0, -2)}, "(0, -2) names one twice"),
         ({"positions": "subject"}, "no position named 'subject'"),
         ({"k": D_MODEL + 1}, f"k must be from 1 to {D_MODEL}"),
         ({"steps": 0}, "steps must be at least 1"),
@@ -227,6 +236,33 @@ def test_what_was_not_fitted_is_named(on_decoder):
 def test_bad_settings_are_named(options, message):
     with pytest.raises(InputError, match=re.escape(message)):
         few(rotated(), triples(1), **options)
+
+
+@pytest.mark.parametrize("n", [64, 37, 5])
+def test_triples_are_run_in_chunks_of_the_training_size(monkeypatch, n):
+    sizes, call = [], Rotated.__call__
+
+    def recorded(self, inputs, *args, **options):
+        sizes.append(inputs.shape[0])
+        return call(self, inputs, *args, **options)
+
+    monkeypatch.setattr(Rotated, "__call__", recorded)
+    data = triples(3, n)
+    expected = (jnp.argmax(call(rotated(), data.base), -1) == data.label).mean()
+    np.testing.assert_allclose(unedited(rotated(), data, 16), expected, atol=1e-6)
+    assert set(sizes) == {16}
+
+
+def test_held_out_triples_that_are_trained_on_are_refused():
+    data = triples(3, 40)
+    with pytest.raises(InputError, match="40 of the 40 held-out triples have the base and source of a training triple"):
+        few(rotated(), data, held_out=data)
+    # another label does not make it another pair, another source does
+    mixed = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), data[:2], triples(4, 6))
+    mixed = dataclasses.replace(mixed, label=jnp.zeros_like(mixed.label))
+    with pytest.raises(InputError, match="2 of the 8 held-out"):
+        few(rotated(), data, held_out=mixed)
+    data.check_apart(triples(4, 6))
 
 
 def test_bad_triples_are_named():

@@ -115,12 +115,28 @@ def test_integrated_gradients_are_complete():
     clean, corrupt = prompts(3), prompts(4)
     found = mi.jit(attribute(tiny(), difference, ("embed", "mlp_out"), method="ig", steps=128))(clean, corrupt)
     np.testing.assert_allclose(found["embed"].sum(), found.target - found.baseline, atol=2e-3)
+    np.testing.assert_allclose(found.completeness_gap, 0.0, atol=2e-3)
     gradient = mi.jit(attribute(tiny(), difference, "embed"))(clean, corrupt)
+    assert gradient.completeness_gap is None
     assert abs(gradient["embed"].sum() - (found.target - found.baseline)) > 0.1
     own = mi.jit(attribute(tiny(), difference, "attn.z", method="ig-activations", steps=128))(clean, corrupt)
     exact = mi.jit(attribute(tiny(), difference, "attn.z", method="exact", axes=("layer",)))(clean, corrupt)
     np.testing.assert_allclose(own["attn.z"].sum((1, 2)), exact["attn.z"], atol=2e-3)
     assert own["attn.z"].shape == (3, 5, 4)
+
+
+def test_the_completeness_gap_is_what_the_embedding_misses():
+    clean, corrupt = prompts(3), prompts(4)
+    few = mi.jit(attribute(tiny(), difference, ("embed", "mlp_out"), method="ig", steps=1))(clean, corrupt)
+    gap = few["embed"].sum() - (few.target - few.baseline)
+    assert abs(gap) > 1e-2
+    np.testing.assert_allclose(few.completeness_gap, gap, atol=TOLERANCE)
+    assert f"completeness_gap={float(few.completeness_gap):.4g}, of embed" in repr(few)
+    # it is known where the embedding is not asked for, which changes no score
+    other = mi.jit(attribute(tiny(), difference, "mlp_out", method="ig", steps=1))(clean, corrupt)
+    assert set(other.values) == {"mlp_out"}
+    np.testing.assert_allclose(other.completeness_gap, gap, atol=TOLERANCE)
+    np.testing.assert_allclose(other["mlp_out"], few["mlp_out"], atol=TOLERANCE)
 
 
 def test_patching_is_the_derivative_along_the_difference():
@@ -197,6 +213,42 @@ def test_agreement_measures_what_it_says(key):
     np.testing.assert_allclose(magnitudes.rank_correlation.value, 1.0, atol=1e-6)
 
 
+def test_intervals_and_nulls_against_an_independent_bootstrap(key):
+    """The quantiles of numpy's resamples and permutations of the same nodes, with scipy's ranks."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=40)
+    scores = truth + rng.normal(size=40)
+    sides = jnp.asarray(scores, jnp.float32), jnp.asarray(truth, jnp.float32)
+    # the mean over keys, which leaves an error of about 0.005 from the number of resamples
+    found = jax.vmap(lambda k: agreement(*sides, key=k))(jax.random.split(key, 8))
+
+    def rank_correlations(a, b):
+        x, y = (scipy.stats.rankdata(v, axis=1) - 20.5 for v in (a, b))
+        return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+
+    def same_signs(a, b):
+        return (np.sign(a) == np.sign(b)).mean(1)
+
+    rows = rng.integers(0, 40, (20_000, 40))
+    shuffled = rng.permuted(np.tile(scores, (20_000, 1)), axis=1)
+    tiled = np.broadcast_to(truth, shuffled.shape)
+    pairs = [(found.rank_correlation, rank_correlations), (found.sign_agreement, same_signs)]
+    for figure, statistic in pairs:
+        expected = np.quantile(statistic(scores[rows], truth[rows]), [0.025, 0.975])
+        np.testing.assert_allclose([figure.ci_low.mean(), figure.ci_high.mean()], expected, atol=0.02)
+        assert expected[1] - expected[0] > 0.2
+        np.testing.assert_allclose(figure.null.mean(), np.quantile(statistic(shuffled, tiled), 0.975), atol=0.02)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("side", ["scores", "exact"])
+def test_agreement_with_what_is_not_a_number_is_not_a_number(key, side, value):
+    sides = {"scores": jnp.arange(1.0, 41.0), "exact": jnp.arange(1.0, 41.0)}
+    found = agreement(**sides | {side: sides[side].at[3].set(value)}, key=key)
+    assert found.sign_agreement is not None
+    assert np.isnan(jax.tree.leaves((found.rank_correlation, found.sign_agreement))).all()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_rank_correlation_against_scipy_with_ties(seed):
     rng = np.random.default_rng(seed)
@@ -220,6 +272,8 @@ def test_bad_input_is_named():
         attribute(model, mean_metric, "blocks.1.hook_mlp_out")
     with pytest.raises(InputError, match=r"steps must be at least 1"):
         attribute(model, mean_metric, SITES, steps=0)
+    with pytest.raises(InputError, match=r"batch_size is the number of nodes .* at least 1; got 0"):
+        attribute(model, mean_metric, SITES, method="exact", batch_size=0)
     with pytest.raises(mi.SiteError, match=r"leave 'unit' out of axes"):
         attribute(tiny(), difference, "attn.q", method="atp*", axes=("unit",))
     with pytest.raises(InputError, match=r"align token by token"):

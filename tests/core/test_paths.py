@@ -9,6 +9,7 @@ import mi_jax as mi
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import masked_forward, source_outputs
 from mi_jax.core.errors import InputError
+from mi_jax.core.index import index_axis
 from mi_jax.core.nodes import node
 from mi_jax.core.paths import path_patch
 from tests.core.linear_model import N_LAYERS, inputs, linear_model, mean_metric
@@ -149,6 +150,76 @@ def test_a_site_name_from_transformer_lens_and_a_captured_dictionary():
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 
 
+# sender, receiver, and what is free; over all layers and heads of both
+PATHS = [
+    ("attn.z", "attn.q", ()),
+    ("mlp_out", "attn.v_in", ()),
+    ("attn.k", "attn.scores", ()),
+    ("attn.v", "attn.pattern", ("attn.z",)),
+    ("attn.q", "resid_post", (node("attn.z", layer=1, head=2),)),
+    ("mlp.post", "mlp.in", (node("mlp_out", layer=0),)),
+    ("resid_mid", "attn.k", ("mlp_out",)),
+]
+
+
+@pytest.mark.parametrize(("sender", "receiver", "through"), PATHS)
+def test_a_path_is_refused_exactly_where_patching_it_changes_nothing(sender, receiver, through):
+    table = tiny().site_table
+    places = []
+    for name in (sender, receiver):
+        axis = index_axis(table.resolve(name)[0], "head")
+        heads = range(table.size(axis)) if axis else (None,)
+        places.append([{"layer": i} | ({} if h is None else {"head": h}) for i in range(3) for h in heads])
+    grid = [(a, b) for a in places[0] for b in places[1]]
+    refused = []
+    for a, b in grid:
+        try:
+            path_patch(tiny(), node(sender, **a), node(receiver, **b), through=through)
+            refused.append(False)
+        except mi.SiteError:
+            refused.append(True)
+    assert 0 < sum(refused) < len(refused)
+
+    # traced places are not checked, as long as there are some with a path
+    @jax.jit
+    @jax.vmap
+    def outputs(a, b):
+        return path_patch(tiny(), node(sender, **a), node(receiver, **b), through=through)(CLEAN, CORRUPT)
+
+    stacked = jax.tree.map(lambda *x: jnp.asarray(x, jnp.int32), *grid)
+    moved = np.abs(outputs(*stacked) - mi.jit(tiny())(CORRUPT)[None]).max((1, 2, 3))
+    np.testing.assert_array_equal(moved < TOLERANCE, refused)
+
+
+def test_a_sender_without_a_path_is_told_why_and_what_to_do():
+    model, final = tiny(), node("resid_post", layer=2)
+    with pytest.raises(
+        mi.SiteError, match=r"no path leads from 'attn.z' \(layer=2\) to 'attn.q' \(layer=1\), .* earlier"
+    ):
+        path_patch(model, node("attn.z", layer=2), node("attn.q", layer=1))
+    with pytest.raises(mi.SiteError, match=r"every path from 'mlp.post' \(layer=0\) .* passes mlp_out, .* through=…"):
+        path_patch(model, node("mlp.post", layer=0), final)
+    with pytest.raises(mi.SiteError, match=r"from 'attn.q' \(layer=mi.each, head=mi.each\) .* passes attn.z, which"):
+        path_patch(model, node("attn.q", layer=mi.each, head=mi.each), final)
+    with pytest.raises(mi.SiteError, match=r"passes attn.z"):  # another head is free, or another layer
+        path_patch(model, node("attn.q", layer=0, head=1), final, through=node("attn.z", head=2))
+    with pytest.raises(mi.SiteError, match=r"passes attn.z"):
+        path_patch(
+            model, node("attn.k", layer=0, head=1), final, through=(node("attn.z", head=1), node("attn.z", layer=1))
+        )
+    with pytest.raises(mi.SiteError, match=r"no path leads from 'logits' to 'final_norm'"):
+        path_patch(model, "logits", "final_norm")
+    # one receiver that is reached is enough, and so is one sender
+    path_patch(model, node("attn.z", layer=1), (node("attn.q", layer=1), node("attn.q", layer=2)))
+    path_patch(model, node("attn.z", layer=(1, 2)), node("attn.q", layer=2))
+    path_patch(model, node("attn.k", layer=0, head=1), final, through=node("attn.z", layer=0, head=-1))
+    path_patch(model, "embed", "logits")
+
+
+def test_sites_of_another_name_are_not_judged():
+    path_patch(linear_model(), node("attn.in", layer=2), node("mlp.in", layer=0), mean_metric)
+
+
 def test_bad_input_is_named():
     model, sender = tiny(), node("attn.z", layer=0)
     with pytest.raises(mi.SiteError, match=r"receiver 'attn.head_out' is held at its base value"):
@@ -169,3 +240,5 @@ def test_bad_input_is_named():
         mi.jit(path_patch(model, sender, node("attn.q", layer=1, pos=5)))(CLEAN, CORRUPT)
     with pytest.raises(mi.SiteError, match=r"name the sites to hold with frozen"):
         path_patch(model, sender, "mlp.in", frozen=())
+    with pytest.raises(mi.SiteError, match=r"batch_size is the number of senders .* at least 1; got 0"):
+        path_patch(model, sender, "mlp.in", batch_size=0)

@@ -87,6 +87,8 @@ def position_names(positions: Positions, site: str, n_pos: int | None) -> tuple[
     for one in names:
         if isinstance(one, int) and not -n_pos <= one < n_pos:
             raise SiteError(f"site {site!r} has {n_pos} positions (0–{n_pos - 1}); got {one}")
+    if len({one % n_pos if isinstance(one, int) else one for one in names}) < len(names):
+        raise SiteError(f"of {n_pos} positions, {names} names one twice: a negative one counts from the end")
     return names
 
 

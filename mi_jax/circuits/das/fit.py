@@ -54,11 +54,13 @@ def fit_das(
 
     Args:
       site: a site with axes `[layer] batch [pos] d_model`.
-      layers, positions: ints, `mi.each`, and for positions names of `triples.places`.
+      layers, positions: ints, `mi.each`, and for positions names of `triples.places`. A negative position counts from
+        the end of the padded prompt: where lengths differ, −1 is padding in the shorter prompts, so name the place.
       k: dimensions, 1 if not given; with a boundary the most there can be, if not given all. The rotations of all
         cells and seeds take 3 · d_model · k numbers each.
       boundary: boundless DAS, which learns the number of dimensions.
-      held_out: the share of triples to score on, or triples.
+      held_out: the share of triples to score on, or triples, none of which may have the base and source of a training
+        triple.
       shifted: triples of another distribution, to be scored as well.
       batch_size: triples in a step.
       learning_rate: about the angle, in radians, by which a column turns in one of the first steps.
@@ -66,13 +68,15 @@ def fit_das(
 
     Raises:
       SiteError: a site, layer or position that does not exist, or a site with further axes.
-      InputError: settings or triples that do not fit the model, or a loss that is not finite.
+      InputError: settings or triples that do not fit the model, held-out triples that are trained on, or a loss that
+        is not finite.
 
     Source: Geiger et al. 2024, "Finding Alignments Between Interpretable Causal Variables and Distributed Neural
     Representations", arXiv 2303.02536. Boundless: Wu et al. 2023, arXiv 2305.08809.
 
     Example:
-      `result = mi.circuits.fit_das(model, triples, layers=(4, 8), positions=(-1,), k=2, key=jax.random.key(0))`
+      `result = mi.circuits.fit_das(model, triples, layers=(4, 8), positions="subject", k=2, key=jax.random.key(0))`
+      at the position `triples.places["subject"]` of every triple.
     """
     for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", batch_size), ("cells", cells_at_once)):
         if value < 1:
@@ -83,6 +87,7 @@ def fit_das(
     keys = jax.random.split(key, 6)
     fit_on, score_on = (triples, held_out) if isinstance(held_out, Triples) else triples.split(held_out, key=keys[0])
     fit_on, score_on, *rest = readable(model, [fit_on, score_on, *([] if shifted is None else [shifted])])
+    fit_on.check_apart(score_on)
 
     site, chosen_layers, n_pos, d_model = site_of(model, fit_on, site, layers)
     names = position_names(positions, site, n_pos)
@@ -142,7 +147,7 @@ def fit_das(
         positions=names,
         iia=iia(model, score_on, at[1], bases),
         controls=found,
-        unedited=float(unedited(model, score_on)),
+        unedited=float(unedited(model, score_on, batch_size)),
         whole_site=iia(model, score_on, at[1], nothing, make=whole_site),
         train_iia=iia(model, fit_on.take(as_many), at[0][:, as_many], bases),
         shifted=iia(model, rest[0], at[2], bases) if rest else None,

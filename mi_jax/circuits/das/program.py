@@ -185,10 +185,6 @@ def predictions(
 ) -> Int[Array, "seed cell batch"]:
     """The answer to every triple under an edit in every cell; leaves of `operands` are `[seed cell …]`."""
     rows, columns = _cells(setup, places.shape[0])
-    n = len(triples)
-    # chunks of the training's size bound the memory; the last one is filled up with triples from the start
-    n_chunks = -(-n // setup.batch_size)
-    chunks = (jnp.arange(n_chunks * setup.batch_size, dtype=jnp.int32) % n).reshape(n_chunks, -1)
 
     def of_chunk(chosen):
         batch = triples[chosen]
@@ -207,11 +203,23 @@ def predictions(
         by_cell = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), operands)
         return jax.lax.map(of_cell, (by_cell, rows, columns), batch_size=setup.cells_at_once)
 
-    answers = jax.lax.map(of_chunk, chunks)
-    return jnp.transpose(answers, (2, 1, 0, 3)).reshape(answers.shape[2], rows.shape[0], -1)[:, :, :n]
+    answers = jax.lax.map(of_chunk, _chunks(len(triples), setup.batch_size))
+    return jnp.transpose(answers, (2, 1, 0, 3)).reshape(answers.shape[2], rows.shape[0], -1)[:, :, : len(triples)]
 
 
 @eqx.filter_jit
-def unedited(model: SiteModel, triples: Triples) -> Float[Array, ""]:
+def unedited(model: SiteModel, triples: Triples, batch_size: int) -> Float[Array, ""]:
     """The share of triples whose label the plain run on the base already gives."""
-    return (jnp.argmax(output_logits(model, triples), -1) == triples.label).mean()
+
+    def of_chunk(chosen):
+        batch = triples[chosen]
+        return jnp.argmax(output_logits(model, batch), -1) == batch.label
+
+    correct = jax.lax.map(of_chunk, _chunks(len(triples), batch_size))
+    return correct.reshape(-1)[: len(triples)].mean()
+
+
+def _chunks(n: int, batch_size: int) -> Int[Array, "chunk row"]:
+    """Rows in chunks of the training's size, which bounds the memory; the last one is filled up from the start."""
+    n_chunks = -(-n // batch_size)
+    return (jnp.arange(n_chunks * batch_size, dtype=jnp.int32) % n).reshape(n_chunks, -1)

@@ -55,6 +55,23 @@ class Triples(eqx.Module):
         """These rows, gathered on the host: every number of rows would be another compiled gather on the device."""
         return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[rows]), self)
 
+    def pairs(self) -> np.ndarray:
+        """Base and source of every triple as one row each."""
+        return np.concatenate([np.asarray(x).reshape(len(self), -1) for x in (self.base, self.source)], 1)
+
+    def check_apart(self, held_out: "Triples") -> None:
+        """Raises InputError where a held-out triple has the base and the source of one of these."""
+        n = len(self)
+        _, group = np.unique(np.concatenate([self.pairs(), held_out.pairs()]), axis=0, return_inverse=True)
+        group = group.reshape(-1)
+        shared = int(np.isin(group[n:], group[:n]).sum())
+        if shared:
+            raise InputError(
+                f"{shared} of the {len(held_out)} held-out triples have the base and source of a training triple, so "
+                "they would score what was trained on; give other triples, or a share such as held_out=0.25, which "
+                "keeps equal pairs on one side"
+            )
+
     def split(self, held_out: float = 0.25, *, key: PRNGKeyArray) -> tuple["Triples", "Triples"]:
         """Training and held-out triples. Triples of the same base and source are never on both sides.
 
@@ -62,8 +79,7 @@ class Triples(eqx.Module):
           InputError: one side would be empty.
         """
         n = len(self)
-        pairs = np.concatenate([np.asarray(x).reshape(n, -1) for x in (self.base, self.source)], 1)
-        _, group = np.unique(pairs, axis=0, return_inverse=True)
+        _, group = np.unique(self.pairs(), axis=0, return_inverse=True)
         group = group.reshape(-1)
         rank = generator(key).permutation(int(group.max(initial=0)) + 1)[group]
         order = np.argsort(rank, kind="stable")
