@@ -2,16 +2,16 @@
 
     python -m experiments.induction_patching --workdir=runs/induction_patching
 
-About 3 minutes and 3 GB on 2 CPU cores. It writes `results.json`:
+One to three minutes and 2 GB on 2 CPU cores. It writes `results.json`:
 
 - `smollm2.ablation_effect`: how much the loss on repeated random tokens rises (nats) when heads L18H6, L17H4 and L17H3
-  are replaced by their means, and `_null`, the same for random heads of the same layers. `smollm2.unrepeated_effect` is
-  what the ablation costs where nothing repeats.
+  are replaced by their means, and `_null`, the same for random heads of the same layers: 3.4 and 0.2 are to be
+  expected. `smollm2.unrepeated_effect` is what the ablation costs where nothing repeats, about 0.
 - `smollm2.sweep_rank_LAYER_HEAD`: the rank of each of the three among all 270 heads ablated one at a time, in one
-  program. Alone, L17H4 costs nothing: the other two stand in for it.
+  program: 2 and 7, but 225 for L17H4, which costs nothing alone.
 - `organism.path_effect`: how much of the clean-to-corrupt gap of the logit difference goes along one path, from the
   previous-token head to the keys of the induction head, and `_null`, the mean over the paths that run from any head of
-  the first layer to any other input of a head of the second.
+  the first layer to any other input of a head of the second: 0.42 and 0.0004.
 
 The same command again resumes after the last finished stage. `--config.smoke=true` runs everything at sizes that mean
 nothing.
