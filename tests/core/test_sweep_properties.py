@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,24 +12,12 @@ from hypothesis import strategies as st
 import mi_jax as mi
 from mi_jax.core.index import index_axis
 from mi_jax.models.decoder import site_table
+from tests.core.whole_runs import WithoutResume
 from tests.models.tiny import CONFIGS, prompts, tiny
 
 TOLERANCE = 2e-5
 CLEAN, CORRUPT = prompts(3), prompts(4)
 MASK = jnp.array([[True, True, True, True, False], [True] * 5])
-
-
-class _WithoutResume(eqx.Module):
-    """A model that hides that it can resume: every cell is a run from the tokens to the output."""
-
-    model: Any
-
-    @property
-    def site_table(self):
-        return self.model.site_table
-
-    def __call__(self, *inputs, **options):
-        return self.model(*inputs, **options)
 
 
 def _base_edits(model):
@@ -120,7 +107,7 @@ def _check(case):
         return logits[..., :3]
 
     found = mi.jit(mi.sweep(model, edit, metric, batch_size=case["batch_size"]))(CORRUPT, **options)
-    whole = mi.jit(mi.sweep(_WithoutResume(model), edit, metric))(CORRUPT, **options)
+    whole = mi.jit(mi.sweep(WithoutResume(model), edit, metric))(CORRUPT, **options)
     np.testing.assert_allclose(found, whole, atol=TOLERANCE, rtol=TOLERANCE)
     sizes = [case["sizes"][n] for n in _INDICES if n in case["sizes"]]
     assert found.shape[: len(sizes)] == tuple(sizes)

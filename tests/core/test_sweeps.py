@@ -1,14 +1,12 @@
 """A sweep equals a loop of single edits, whatever is swept, on models that resume and on those that do not."""
 
-from typing import Any
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mi_jax as mi
+from tests.core.whole_runs import WithoutResume
 from tests.models.tiny import prompts, tiny
 
 TOLERANCE = 1e-5
@@ -82,22 +80,11 @@ def test_options_reach_the_model(acts):
     np.testing.assert_allclose(at, whole, atol=TOLERANCE)
 
 
-class _WithoutResume(eqx.Module):
-    model: Any
-
-    @property
-    def site_table(self):
-        return self.model.site_table
-
-    def __call__(self, *inputs, **options):
-        return self.model(*inputs, **options)
-
-
 def test_resuming_changes_nothing_even_where_a_masked_token_is_read(acts):
     mask = jnp.array([[True, False, True, True, True], [True, True, True, True, False]])
     edit = mi.patch("attn.z", acts, layer=mi.each, pos=mi.each)
     resumed = mi.jit(mi.sweep(tiny(), edit, lambda logits: logits))(CORRUPT, mask=mask)
-    whole = mi.jit(mi.sweep(_WithoutResume(tiny()), edit, lambda logits: logits))(CORRUPT, mask=mask)
+    whole = mi.jit(mi.sweep(WithoutResume(tiny()), edit, lambda logits: logits))(CORRUPT, mask=mask)
     np.testing.assert_allclose(resumed, whole, atol=TOLERANCE)
 
 
@@ -121,7 +108,7 @@ def test_edits_that_hold_in_every_cell_are_made_once_and_break_no_causality(acts
         mi.patch("resid_pre", acts, layer=mi.each, pos=mi.each),
     ):
         found = mi.jit(mi.sweep(model, edit, lambda logits: logits))(CORRUPT)
-        whole = mi.jit(mi.sweep(_WithoutResume(model), edit, lambda logits: logits))(CORRUPT)
+        whole = mi.jit(mi.sweep(WithoutResume(model), edit, lambda logits: logits))(CORRUPT)
         np.testing.assert_allclose(found, whole, atol=TOLERANCE)
 
 
@@ -152,7 +139,7 @@ def test_a_sweep_computes_only_from_the_edited_layer_on(acts):
     edit = mi.patch("resid_pre", acts, layer=mi.each)
     program = str(jax.make_jaxpr(lambda tokens: mi.sweep(tiny(), edit, metric)(tokens))(CORRUPT))
     assert "while[" in program
-    assert "while[" not in str(jax.make_jaxpr(lambda t: mi.sweep(_WithoutResume(tiny()), edit, metric)(t))(CORRUPT))
+    assert "while[" not in str(jax.make_jaxpr(lambda t: mi.sweep(WithoutResume(tiny()), edit, metric)(t))(CORRUPT))
 
 
 def test_a_sweep_needs_an_axis_that_the_site_has():
