@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.core.taps import Tap
-from mi_jax.models.block import Prompts, block
+from mi_jax.models.block import block
 from mi_jax.models.decoder import Decoder
+from mi_jax.models.layout import Prompts
 
 _SOURCES = ("attn.head_out", "mlp_out")
 
@@ -72,13 +73,13 @@ def masked_forward(
 
     def body(carry, row):
         x, difference = carry
-        layer, params, weights = row
-        tap = _EdgeTap(graph, difference, patch, weights, layer)
-        x = block(params, x, tap, model.config, Prompts(mask))
+        number, layer, weights = row
+        tap = _EdgeTap(graph, difference, patch, weights, number)
+        x = block(layer, x, tap, model.config, Prompts(mask))
         return (x, tap.difference), None
 
-    layers = jnp.arange(graph.n_layers, dtype=jnp.int32)
-    (x, difference), _ = jax.lax.scan(body, (x, difference), (layers, model.blocks, by_layer))
+    numbers = jnp.arange(graph.n_layers, dtype=jnp.int32)
+    (x, difference), _ = jax.lax.scan(body, (x, difference), (numbers, model.layers, by_layer))
     x = x + jnp.einsum("s,sbpd->bpd", edges[:, -1], difference)
     return model.head(x, Tap(model.site_table, {}, (), {}, None), output_pos)
 

@@ -21,6 +21,7 @@ RULES: dict[str, str | None] = {
     "d_mlp": "model",
     "d_vocab": "model",
     "d_sae": "model",
+    "expert": None,
 }
 
 

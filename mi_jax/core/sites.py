@@ -6,6 +6,7 @@ A site name is a checked identity, not a label: `tests/` and every adapter verif
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -86,18 +87,39 @@ def at(site: str, layers: int | np.integer | np.ndarray | Sequence[int] | None =
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionRule:
+    """How a model's attention computes, as far as the equations between its sites depend on it.
+
+    Attributes:
+      scale: of query · key; None means d_head^-1/2.
+      softcap: scores are softcap · tanh(scaled / softcap); 0 for none.
+      causal: False where a position sees those after it.
+      windows: for every layer how many positions back a query sees, itself included, 0 for all; empty means all.
+      written: what `attn_out` is of the heads' outputs: their sum, with one vector added everywhere, or a norm of that.
+    """
+
+    scale: float | None = None
+    softcap: float = 0.0
+    causal: bool = True
+    windows: tuple[int, ...] = ()
+    written: Literal["sum", "sum + bias", "normed"] = "sum"
+
+
+@dataclasses.dataclass(frozen=True)
 class SiteTable:
     """The sites of one model.
 
     Attributes:
       sizes: axis names such as `layer` and `head`, with their sizes.
       aliases: further names of sites, of this model only.
+      attention: how its attention computes.
     """
 
     model: str
     sites: tuple[Site, ...]
     sizes: tuple[tuple[str, int], ...]
     aliases: tuple[tuple[str, str], ...] = ()
+    attention: AttentionRule = AttentionRule()
 
     def size(self, axis: str) -> int:
         return dict(self.sizes)[axis]
@@ -115,7 +137,8 @@ class SiteTable:
         layer = None
         match = _BLOCK.fullmatch(name)
         if match:
-            layer, name = int(match[1]), _ALIASES.get(match[2], name)
+            layer = int(match[1])
+            name = (_ALIASES | dict(self.aliases)).get(match[2], name)
         else:
             name = dict(self.aliases).get(name, name)
         for site in self.sites:

@@ -21,8 +21,8 @@ from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, SiteError, at
 from mi_jax.core.transforms import SiteModel
 from mi_jax.features.lens import check_tokens, in_float32, unwrap
-from mi_jax.models.block import Norm
 from mi_jax.models.decoder import Decoder
+from mi_jax.models.norm import Norm
 
 # An edit of one of these puts something into the sum that no part wrote: what has to be captured to know how much.
 _EDITED = {

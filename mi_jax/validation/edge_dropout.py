@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.core.taps import Tap
-from mi_jax.models.block import Prompts, block
+from mi_jax.models.block import block
 from mi_jax.models.decoder import Decoder
+from mi_jax.models.layout import Prompts
 
 _READS = {"attn.q_in": 0, "attn.k_in": 1, "attn.v_in": 2}
 
@@ -57,10 +58,10 @@ def resampled_forward(
     Example 0 takes from the last one. Zeros give the plain run.
     """
     graph = Graph.of(model.config)
-    x = model.embed[tokens]
-    differences, mask = [_difference(x)], jnp.ones(tokens.shape, bool)
-    for layer in range(graph.n_layers):
-        params = jax.tree.map(lambda a, layer=layer: a[layer], model.blocks)
-        x = block(params, x, _ResampleTap(graph, edges, differences, layer), model.config, Prompts(mask))
+    x, mask = model.embedded(tokens)
+    differences = [_difference(x)]
+    for number in range(graph.n_layers):
+        layer = jax.tree.map(lambda a, number=number: a[number], model.layers)
+        x = block(layer, x, _ResampleTap(graph, edges, differences, number), model.config, Prompts(mask))
     x = x + jnp.einsum("s,sbpd->bpd", edges[:, -1], jnp.stack(differences))
     return model.head(x, Tap(model.site_table, {}, (), {}, None))

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mi_jax.models.block import MLP
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder, init_decoder
+from mi_jax.models.mlp import MLP
 
 DESIGN: dict[str, tuple[str, ...]] = {
     "induction": (

@@ -22,7 +22,7 @@ from mi_jax.features.translators import (
     tuned_lens,
 )
 from mi_jax.models import DecoderConfig, init_decoder
-from mi_jax.models.block import MLP
+from mi_jax.models.mlp import MLP
 from tests.models.tiny import prompts, tiny
 
 LAYERS, WIDTH, VOCABULARY, ANGLE = 3, 6, 12, 0.3

@@ -1,0 +1,41 @@
+"""RMSNorm and LayerNorm."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Norm(eqx.Module):
+    """RMSNorm, or LayerNorm where there is a bias, over the last axis; `weight` None leaves the input as it is.
+
+    The statistics are taken in float32 or better, whatever the dtype of the input. `offset` is added to the weight.
+    """
+
+    weight: Float[Array, "*lead d_model"] | None
+    bias: Float[Array, "*lead d_model"] | None
+    eps: float = eqx.field(static=True)
+    offset: float = eqx.field(static=True, default=0.0)
+
+    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        if self.weight is None:
+            return x
+        exact = widened(x)
+        if self.bias is not None:
+            exact = exact - exact.mean(-1, keepdims=True)
+        exact = exact * jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + self.eps)
+        weight = self.weight.astype(exact.dtype)
+        exact = exact * jnp.broadcast_to(weight + self.offset if self.offset else weight, x.shape)
+        if self.bias is not None:
+            exact = exact + jnp.broadcast_to(self.bias.astype(exact.dtype), x.shape)
+        return exact.astype(x.dtype)
+
+
+def normed(norm: Norm | None, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+    """`norm(x)`, or x where there is no norm."""
+    return x if norm is None else norm(x)
+
+
+def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """In float32, where the dtype has fewer bits: for sums and exponentials."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
