@@ -14,80 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from mi_jax.core.edits import Edit
+from mi_jax.core.identities import Acts, equations
 from mi_jax.core.index import Index
 from mi_jax.core.sites import LAYER, Site, SiteError
 from mi_jax.core.transforms import SiteModel, capture, jit
-
-Acts = dict[str, np.ndarray]
-
-
-def _same(acts: Acts, *names: str):
-    return tuple(acts[name] for name in names)
-
-
-def _readers(acts: Acts, name: str):
-    stream = acts["resid_pre"][..., None, :]
-    return acts[name], np.broadcast_to(stream, acts[name].shape)
-
-
-def _masked_scores(acts: Acts, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    q, k = acts["attn.q"], acts["attn.k"]
-    k = np.repeat(k, q.shape[3] // k.shape[3], 3)
-    scores = np.einsum("lbqhd,lbkhd->lbhqk", q, k) / np.sqrt(q.shape[-1])
-    allowed = np.tril(np.ones(scores.shape[-2:], bool)) & mask[None, :, None, None, :]
-    # a score that is not allowed may be any hugely negative number: both sides then count as 0
-    found = np.where(acts["attn.scores"] < -1e9, 0.0, acts["attn.scores"])
-    return found, np.where(allowed, scores, 0.0)
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
-
-
-def _mixed(acts: Acts) -> np.ndarray:
-    pattern, v = acts["attn.pattern"], acts["attn.v"]
-    return np.einsum("lbhqk,lbkhd->lbqhd", pattern, np.repeat(v, pattern.shape[2] // v.shape[3], 3))
-
-
-# equation: the sites it needs, and both of its sides
-_IDENTITIES = {
-    "resid_pre[0] == embed": (("resid_pre", "embed"), lambda a, m: (a["resid_pre"][0], a["embed"])),
-    "resid_pre[l+1] == resid_post[l]": (
-        ("resid_pre", "resid_post"),
-        lambda a, m: (a["resid_pre"][1:], a["resid_post"][:-1]),
-    ),
-    "resid_mid == resid_pre + attn_out": (
-        ("resid_mid", "resid_pre", "attn_out"),
-        lambda a, m: (a["resid_mid"], a["resid_pre"] + a["attn_out"]),
-    ),
-    "mlp.in == resid_mid": (("mlp.in", "resid_mid"), lambda a, m: _same(a, "mlp.in", "resid_mid")),
-    "attn.q_in == resid_pre of every head": (("attn.q_in", "resid_pre"), lambda a, m: _readers(a, "attn.q_in")),
-    "attn.k_in == resid_pre of every head": (("attn.k_in", "resid_pre"), lambda a, m: _readers(a, "attn.k_in")),
-    "attn.v_in == resid_pre of every head": (("attn.v_in", "resid_pre"), lambda a, m: _readers(a, "attn.v_in")),
-    "attn.scores == attn.q · attn.k / sqrt(d_head), causal": (("attn.scores", "attn.q", "attn.k"), _masked_scores),
-    "attn.pattern == softmax(attn.scores)": (
-        ("attn.pattern", "attn.scores"),
-        lambda a, m: (a["attn.pattern"], _softmax(a["attn.scores"])),
-    ),
-    "attn.z == attn.pattern · attn.v": (
-        ("attn.z", "attn.pattern", "attn.v"),
-        lambda a, m: (a["attn.z"], _mixed(a)),
-    ),
-    "attn_out == Σ_head attn.head_out": (
-        ("attn_out", "attn.head_out"),
-        lambda a, m: (a["attn_out"], a["attn.head_out"].sum(3)),
-    ),
-    "logits == output": (("logits", "output"), lambda a, m: _same(a, "logits", "output")),
-}
-
-
-def _stream_identity(names: tuple[str, ...]) -> str:
-    """What the end of a layer is the sum of, given the sites: sequential, parallel, or attention only."""
-    start = "resid_mid" if "resid_mid" in names else "resid_pre"
-    parts = [start] + ["attn_out"] * (start == "resid_pre") + ["mlp_out"] * ("mlp_out" in names)
-    return "resid_post == " + " + ".join(parts)
-
 
 class _Swap(Edit):
     """Replaces the value where the operand says so: one program serves for every site and every layer."""
@@ -142,20 +72,13 @@ def check_sites(
     acts = {name: np.asarray(x, np.float64) for name, x in captured.items()}
     if isinstance(output, jax.Array):
         acts["output"] = np.asarray(output, np.float64)
-    leading = next((x.shape[:2] for x in jax.tree.leaves(inputs) if getattr(x, "ndim", 0) > 1), ())
+    leading = _leading(inputs, dict(table.sizes))
     _check_shapes(table.model, table.sites, acts, _known(leading) | dict(table.sizes))
     real = np.ones(leading, bool) if mask is None else np.asarray(mask)
     checked = []
-    for equation, (needed, sides) in _IDENTITIES.items():
-        if all(name in acts for name in needed):
-            left, right = sides(acts, real)
-            _compare(table.model, equation, left, right, tolerance)
-            checked.append(equation)
-    equation = _stream_identity(table.names)
-    terms = equation.removeprefix("resid_post == ").split(" + ")
-    if "resid_post" in acts and all(term in acts for term in terms):
-        total = np.sum([acts[term] for term in terms], axis=0)
-        _compare(table.model, equation, acts["resid_post"], total, tolerance)
+    for equation, sides in equations(table, acts).items():
+        left, right = sides(acts, real)
+        _compare(table.model, equation, left, right, tolerance)
         checked.append(equation)
     return checked + _check_behaviour(model, inputs, options, (output, captured), tolerance)
 
@@ -203,6 +126,12 @@ def _check_behaviour(
     if not effect:
         raise SiteError(f"{table.model}: no site changes the output when it is replaced by something else")
     return [*checked, "some site changes the output"]
+
+
+def _leading(inputs: tuple, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Batch and positions: of the first input, unless the model has its own number of positions."""
+    shape = next((x.shape for x in jax.tree.leaves(inputs) if getattr(x, "ndim", 0) > 1), ())
+    return (shape[0], sizes["pos"]) if shape and "pos" in sizes else shape[:2]
 
 
 def _known(leading: tuple[int, ...]) -> dict[str, int]:

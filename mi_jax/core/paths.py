@@ -58,7 +58,7 @@ class PathPatch(eqx.Module):
         """Checks the nodes' positions, which `mi.jit` calls for before it hides their values."""
         for place in (self.sender, *self.receivers, *self.through):
             if eqx.is_array(place.index.pos):
-                check_places(place.site, "pos", place.index.pos, inputs[0].shape[1])
+                check_places(place.site, "pos", place.index.pos, self.model.site_table.n_pos(inputs[0]))
         return self
 
     def __call__(
@@ -115,7 +115,7 @@ class PathPatch(eqx.Module):
         site, _ = table.resolve(self.sender.site)
         names = tuple(name for name in INDEX_NAMES if isinstance(getattr(self.sender.index, name), Each))
         axes = [index_axis(site, name) or "" for name in names]
-        return names, tuple(tokens.shape[1] if axis in ("pos", "query") else table.size(axis) for axis in axes)
+        return names, tuple(table.n_pos(tokens) if axis in ("pos", "query") else table.size(axis) for axis in axes)
 
 
 def path_patch(

@@ -6,7 +6,7 @@ A site name is a checked identity, not a label: `tests/` and every adapter verif
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -127,6 +127,10 @@ class SiteTable:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(site.name for site in self.sites)
+
+    def n_pos(self, inputs: Any) -> int:
+        """Positions of a run on these inputs, `[batch pos …]` unless the model has a number of its own."""
+        return dict(self.sizes).get("pos", inputs.shape[1])
 
     def resolve(self, name: str) -> tuple[Site, int | None]:
         """The site behind a name or a TransformerLens alias, and the layer that the alias names.

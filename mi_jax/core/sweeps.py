@@ -35,7 +35,7 @@ class Sweep(eqx.Module):
 
     def prepared(self, tokens) -> "Sweep":
         """The sweep with the positions that it need not compute left out: a power of two, so few programs do."""
-        n_pos = tokens.shape[1]
+        n_pos = self.model.site_table.n_pos(tokens)
         first = _first_position(self.edit, n_pos)
         if first is None or not 0 <= first < n_pos:
             return self
@@ -48,7 +48,7 @@ class Sweep(eqx.Module):
     def _run(self, *inputs, output_pos=None, **options) -> Any:
         table = self.model.site_table
         site, _ = table.resolve(self.edit.site)
-        n_pos = inputs[0].shape[1]
+        n_pos = table.n_pos(inputs[0])
         sizes = {}
         for name in self.edit.each_axes():
             axis = index_axis(site, name) or ""
@@ -103,6 +103,8 @@ class Sweep(eqx.Module):
     def _starts(self, grid: np.ndarray, names: tuple[str, ...], n_pos: int, at_entry: bool, taps: Taps) -> np.ndarray:
         """The first position that can change, for every cell."""
         everywhere = np.zeros(len(grid), int)
+        if not self.model.site_table.attention.causal:
+            return everywhere
         if not all(edit.pointwise for edits in taps.values() for edit in edits):
             return everywhere
         # an edit of scores or patterns may let a position see those after it

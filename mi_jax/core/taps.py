@@ -80,6 +80,11 @@ class Slots:
         self._n_layers = table.size("layer")
 
     @property
+    def partial(self) -> bool:
+        """Whether any site is wanted at some layers only."""
+        return bool(self._some)
+
+    @property
     def last_layer(self) -> int:
         """The last layer that has to run for the layered captures, or -1."""
         last = -1

@@ -110,7 +110,8 @@ def jit(fn: Callable) -> Callable:
         # of a function of the user's own nobody knows which argument holds the prompts
         prompts = next((x for x in (*args, *options.values()) if getattr(x, "ndim", 0) > 1), None)
         if prompts is not None and (hasattr(fn, "site_table") or hasattr(fn, "prepared")):
-            check_positions((fn, options), prompts.shape[1])
+            table = getattr(fn, "site_table", None)
+            check_positions((fn, options), prompts.shape[1] if table is None else table.n_pos(prompts))
             # what is known before the arrays become arguments may make the program smaller
             prepared = fn.prepared(prompts) if hasattr(fn, "prepared") else fn
         return compiled(prepared, args, options)

@@ -23,6 +23,7 @@ from mi_jax.models.layout import Prompts
 from mi_jax.models.mlp import MLP, Experts
 from mi_jax.models.norm import Norm, normed
 from mi_jax.models.rotary import rotation
+from mi_jax.models.scan import scan_layers
 from mi_jax.models.sites import site_table
 
 
@@ -88,7 +89,7 @@ class Decoder(eqx.Module):
         x = outer("embed", x)
         needs_head = output or set(slots.single) - {"embed"}
         n_layers = self.config.n_layers if needs_head else slots.last_layer + 1
-        x, acts = self._scan(x, mask, taps, slots, n_layers)
+        x, acts, _ = scan_layers(self, x, mask, taps, slots, n_layers)
         logits = self.head(x, outer, output_pos) if needs_head else None
         if capture is None:
             return logits if output else None
@@ -122,29 +123,6 @@ class Decoder(eqx.Module):
             x = x + rows
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         return normed(self.embed_norm, x), mask
-
-    def _scan(self, x: Array, mask: Array, taps: Taps, slots: Slots, n_layers: int) -> tuple[Array, dict[str, Array]]:
-        table = self.site_table
-        if n_layers == 0:
-            return x, {}
-
-        def layer_step(x, number, layer, rows):
-            tap = Tap(table, taps, slots.layered, rows, number, mask)
-            return block(layer, x, tap, self.config, Prompts(mask)), tap.seen
-
-        numbers = jnp.arange(self.config.n_layers, dtype=jnp.int32)
-        xs = jax.tree.map(lambda a: a[:n_layers], (numbers, self.layers, stacked_rows(taps, table)))
-        first = jax.tree.map(lambda a: a[0], xs)
-        _, shapes = jax.eval_shape(layer_step, x, *first)
-
-        def body(carry, row):
-            x, buffers = carry
-            x, seen = layer_step(x, *row)
-            buffers, stacked = slots.write(buffers, seen, row[0])
-            return (x, buffers), stacked
-
-        (x, buffers), stacked = jax.lax.scan(body, (x, slots.empty(shapes)), xs)
-        return x, slots.read(buffers, stacked)
 
     def resume(
         self,

@@ -74,7 +74,7 @@ def attention_rule(config: DecoderConfig) -> AttentionRule:
     """How queries and keys make scores, and heads what attention adds: what the equations of the sites depend on."""
     normed = config.norms in ("output", "sandwich")
     return AttentionRule(
-        scale=config.score_scale,
+        scale=config.attn_scale,
         softcap=config.score_softcap,
         causal=config.causal,
         windows=config.windows,

@@ -1,0 +1,253 @@
+"""Generation: the prompts once, then token by token with the keys and values kept, in one program."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from mi_jax.core.apply import Taps
+from mi_jax.core.edits import AblateMean, AblateMeanPerPosition, Edit, Noise
+from mi_jax.core.errors import InputError
+from mi_jax.core.sites import At, Site, SiteError
+from mi_jax.core.taps import Slots, Tap
+from mi_jax.core.transforms import Captured, Intervened, SiteModel, jit
+from mi_jax.models.cache import FillLayout, Kept, StepLayout, empty
+from mi_jax.models.decoder import Decoder
+from mi_jax.models.sampling import choose
+from mi_jax.models.scan import scan_layers
+
+
+class Generated(eqx.Module):
+    """What a model wrote after its prompts.
+
+    Attributes:
+      tokens: after a stop token, that token again.
+      mask: True up to the stop token, itself included.
+      acts: the captured sites, with one position per token: that at which the model chose it. So the first is the
+        prompt's last position. Where a site has an axis `key`, that one counts positions of the whole text.
+    """
+
+    tokens: Int[Array, "batch new"]
+    mask: Bool[Array, "batch new"]
+    acts: dict[str, Array]
+
+
+def generate(
+    model: SiteModel,
+    tokens: Int[Array, "batch pos"],
+    mask: Bool[Array, "batch pos"] | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: int | Sequence[int] = (),
+    key: PRNGKeyArray | None = None,
+) -> Generated:
+    """Continues prompts of any lengths, all in one compiled program; other values of the same shapes use it again.
+
+    Args:
+      model: a decoder, also under `mi.intervene` and `mi.capture`. An edit with a `pos` is made in the prompt. One
+        without is made there and at every generated token, where a function of `mi.transform` sees one position.
+      tokens: right-padded where the lengths differ.
+      mask: True at real tokens; None means all are.
+      temperature: 0 takes the most likely token, everything else draws with `key`.
+      top_k, top_p: draw from the k largest logits, or from the most likely tokens that together reach probability p.
+      stop: tokens that end a text.
+
+    Raises:
+      InputError: no decoder, prompts that are empty or not padded on the right, a text longer than the context, or
+        sampling without a key.
+      SiteError: an edit of the generated tokens that has no meaning there: one whose value depends on other positions.
+
+    Example:
+      `mi.generate(mi.intervene(model, mi.add("resid_post", direction, layer=8)), tokens, max_new_tokens=32).tokens`
+    """
+    decoder, taps, wanted = _unwrapped(model)
+    _check(decoder, tokens, mask, max_new_tokens, temperature, top_k, top_p, key)
+    step_taps = {name: kept for name, edits in taps.items() if (kept := tuple(e for e in edits if _every_token(e)))}
+    stops = (stop,) if isinstance(stop, int) else tuple(stop)
+    sampling = {
+        "temperature": jnp.asarray(temperature, jnp.float32) if temperature else None,
+        "top_k": top_k if temperature else None,
+        "top_p": jnp.asarray(top_p, jnp.float32) if top_p is not None and temperature else None,
+    }
+    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+    run = _Generation(decoder, taps, step_taps, sampling, wanted, max_new_tokens, stops)
+    return jit(run)(tokens, mask, key=key if temperature else None)
+
+
+class _Generation(eqx.Module):
+    """The compiled program."""
+
+    model: Decoder
+    prompt_taps: Taps
+    step_taps: Taps
+    sampling: dict[str, Any]
+    wanted: tuple[At, ...] = eqx.field(static=True)
+    n_new: int = eqx.field(static=True)
+    stops: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, tokens: Array, mask: Array, *, key: PRNGKeyArray | None) -> Generated:
+        batch, n_pos = tokens.shape
+        length = mask.sum(1, dtype=jnp.int32)
+        logits, kept, acts = self._prompt(tokens, mask, length, n_pos + self.n_new)
+
+        def chosen(number, logits, done, last):
+            token = choose(logits, key=None if key is None else jax.random.fold_in(key, number), **self.sampling)
+            token = jnp.where(done, last, token)
+            return token, done | jnp.isin(token, jnp.asarray(self.stops, jnp.int32))
+
+        def body(state):
+            number, token, done, kept, tokens, real, acts = state
+            real = real.at[:, number].set(~done)
+            logits, kept, new = self._step(token, length + number - 1, kept)
+            token, done = chosen(number, logits, done, token)
+            return (
+                number + 1,
+                token,
+                done,
+                kept,
+                tokens.at[:, number].set(token),
+                real,
+                jax.tree.map(lambda rows, row: rows.at[number].set(row), acts, new),
+            )
+
+        token, done = chosen(jnp.zeros((), jnp.int32), logits, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
+        buffers = jax.tree.map(lambda x: jnp.zeros((self.n_new, *x.shape), x.dtype).at[0].set(x), acts)
+        written = jnp.broadcast_to(token[:, None], (batch, self.n_new))
+        real = jnp.zeros((batch, self.n_new), bool).at[:, 0].set(True)
+        state = (jnp.ones((), jnp.int32), token, done, kept, written, real, buffers)
+        if self.stops:
+            state = jax.lax.while_loop(lambda s: (s[0] < self.n_new) & ~s[2].all(), body, state)
+            # where all texts have ended early
+            ended = jnp.arange(self.n_new)[None, :] >= state[0]
+            state = (*state[:4], jnp.where(ended, state[1][:, None], state[4]), *state[5:])
+        else:
+            state = jax.lax.fori_loop(1, self.n_new, lambda _, s: body(s), state)
+        acts = {name: jnp.moveaxis(x, 0, self._pos_axis(name)) for name, x in state[6].items()}
+        return Generated(state[4], state[5], acts)
+
+    def _prompt(self, tokens: Array, mask: Array, length: Array, n_max: int) -> tuple[Array, Kept, dict[str, Array]]:
+        """Logits after every prompt, keys and values, and what was captured at the last position."""
+        model, table = self.model, self.model.site_table
+        slots = Slots(self.wanted, table)
+        x, mask = model.embedded(tokens, mask)
+        outer = Tap(table, self.prompt_taps, slots.single, {}, None, mask)
+        x = outer("embed", x)
+        x, acts, kept = scan_layers(
+            model,
+            x,
+            mask,
+            self.prompt_taps,
+            slots,
+            model.config.n_layers,
+            enter=lambda number, kept: FillLayout(mask, dict(kept), number),
+            leave=lambda layout: layout.kept,
+            state=empty(model.config, tokens.shape[0], n_max, x.dtype),
+        )
+        last = length - 1
+        if outer.touches("final_norm") or outer.touches("logits"):
+            logits = jnp.take_along_axis(model.head(x, outer), last[:, None, None], axis=1)
+        else:
+            logits = model.head(x, outer, last)
+        seen = acts | outer.seen
+        return logits[:, 0], kept, {name: self._at_last(name, value, last, n_max) for name, value in seen.items()}
+
+    def _step(self, token: Array, position: Array, kept: Kept) -> tuple[Array, Kept, dict[str, Array]]:
+        """Logits after one more token, the keys and values with it, and what was captured."""
+        model, table = self.model, self.model.site_table
+        slots = Slots(self.wanted, table)
+        x, mask = model.embedded(token[:, None], positions=position[:, None])
+        outer = Tap(table, self.step_taps, slots.single, {}, None, mask)
+        x = outer("embed", x)
+        x, acts, kept = scan_layers(
+            model,
+            x,
+            mask,
+            self.step_taps,
+            slots,
+            model.config.n_layers,
+            enter=lambda number, kept: StepLayout(dict(kept), number, position),
+            leave=lambda layout: layout.kept,
+            state=kept,
+        )
+        logits = model.head(x, outer)
+        seen = acts | outer.seen
+        return logits[:, 0], kept, {name: x.squeeze(self._pos_axis(name)) for name, x in seen.items()}
+
+    def _axes(self, name: str) -> tuple[str, ...]:
+        """Of the captured array: the layer axis is dropped where one layer was asked for."""
+        site: Site = self.model.site_table.resolve(name)[0]
+        one = any(at.site == name and isinstance(at.layers, int) for at in self.wanted)
+        return site.slice_axes if one else site.axes
+
+    def _pos_axis(self, name: str) -> int:
+        axes = self._axes(name)
+        return axes.index("pos" if "pos" in axes else "query")
+
+    def _at_last(self, name: str, x: Array, last: Int[Array, " batch"], n_max: int) -> Array:
+        """The last position of every prompt; keys that do not exist yet get the value that hides them."""
+        axes, axis = self._axes(name), self._pos_axis(name)
+        places = last.reshape([-1 if a == "batch" else 1 for a in axes])
+        x = jnp.take_along_axis(x, places, axis=axis).squeeze(axis)
+        if "key" not in axes:
+            return x
+        hidden = float(jnp.finfo(x.dtype).min) if name == "attn.scores" else 0.0
+        room = [(0, n_max - x.shape[-1] if i == x.ndim - 1 else 0) for i in range(x.ndim)]
+        return jnp.pad(x, room, constant_values=hidden)
+
+
+def _unwrapped(model: Any) -> tuple[Decoder, dict[str, tuple[Edit, ...]], tuple[At, ...]]:
+    """The decoder, the edits around it in order, and the captures."""
+    taps: dict[str, tuple[Edit, ...]] = {}
+    wanted: list[At] = []
+    while isinstance(model, Intervened | Captured):
+        if isinstance(model, Captured):
+            wanted = [*model.wanted, *wanted]
+        else:
+            taps = {name: (*model.edits.get(name, ()), *taps.get(name, ())) for name in (*model.edits, *taps)}
+        model = model.model
+    if not isinstance(model, Decoder):
+        raise InputError(f"{type(model).__name__} is not a native decoder: it has no cache to generate with")
+    if not model.config.causal or model.config.head == "none":
+        raise InputError(f"{model.config.name} is an encoder: it predicts no next token")
+    return model, taps, model.site_table.normalise(tuple(wanted))
+
+
+def _every_token(edit: Edit) -> bool:
+    """Whether an edit is made at generated tokens too."""
+    if edit.index.pos is not None:
+        return False
+    if isinstance(edit, Noise) or (isinstance(edit, AblateMean) and not isinstance(edit, AblateMeanPerPosition)):
+        raise SiteError(
+            f"{type(edit).__name__} of site {edit.site!r} has no meaning at a single generated token; give it pos=… to "
+            "make it in the prompt, or use an edit with a fixed value, such as a mean over a data set"
+        )
+    return True
+
+
+def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p, key) -> None:
+    config = decoder.config
+    if n_new < 1:
+        raise InputError(f"max_new_tokens is at least 1, got {n_new}")
+    if tokens.ndim != 2 or not tokens.shape[1]:
+        raise InputError(f"prompts have shape [batch pos] with at least one token; got {tokens.shape}")
+    if tokens.shape[1] + n_new > config.n_ctx:
+        raise InputError(
+            f"{tokens.shape[1]} tokens and {n_new} new ones are more than the context of {config.name}, {config.n_ctx}"
+        )
+    if temperature < 0 or (temperature and key is None):
+        raise InputError(f"temperature={temperature} draws tokens: pass key=jax.random.key(…), and a positive number")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise InputError(f"top_k is at least 1 and top_p in (0, 1]; got top_k={top_k}, top_p={top_p}")
+    if mask is None or isinstance(mask, jax.core.Tracer):
+        return
+    real = np.asarray(mask)
+    if real.shape != tokens.shape or not real[:, 0].all() or (np.diff(real.astype(int), axis=1) > 0).any():
+        raise InputError("the mask is True at the real tokens, which come first in every prompt: pad on the right")
