@@ -1,6 +1,7 @@
 """mi_jax: mechanistic interpretability in JAX. `import mi_jax as mi` gives the verbs; the rest is in the packages.
 
-The packages and the adapters for other libraries' models load when they are first used: `mi.circuits.discover(…)`.
+The packages, and the verbs for whole models (`load`, `save`, `generate`, `adapt_…`), load when they are first used:
+`mi.circuits.discover(…)`.
 """
 
 import importlib
@@ -47,16 +48,23 @@ _PACKAGES = (
 )
 
 
-_ADAPTERS = ("adapt_equinox", "adapt_linen", "adapt_nnx")
+_LAZY = {
+    "adapt_equinox": "mi_jax.models.adapters",
+    "adapt_linen": "mi_jax.models.adapters",
+    "adapt_nnx": "mi_jax.models.adapters",
+    "load": "mi_jax.models.checkpoints.huggingface",
+    "save": "mi_jax.models.checkpoints.saving",
+    "generate": "mi_jax.models.generate",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"mi_jax.{name}")
-    if name in _ADAPTERS:
-        return getattr(importlib.import_module("mi_jax.models.adapters"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"mi_jax has no {name!r}; its packages are {', '.join(_PACKAGES)}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PACKAGES, *_ADAPTERS})
+    return sorted({*globals(), *_PACKAGES, *_LAZY})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mi_jax.data.tokenizer import tokenizer_from_gguf
+from mi_jax.data.tokenizer import load_tokenizer, tokenizer_from_gguf
 from mi_jax.models import CheckpointError, open_gguf, smollm2_path
 from tests.models.gguf_files import TOKENS, Shape, metadata, tensors, write, write_tiny
 
@@ -81,3 +81,50 @@ def test_smollm2_splits_text_as_its_authors_do(smollm2):
 @given(st.text(alphabet=st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs", "Cc", "Cn", "Co"]), max_size=30))
 def test_any_text_round_trips_through_smollm2(smollm2, text):
     assert smollm2.decode(smollm2.encode(text)) == text
+
+
+@pytest.fixture
+def directory(tmp_path, tokenizer):
+    """A checkpoint directory whose tokenizer puts a special token before a text, pads and cuts of its own accord."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    library = Library.from_str(tokenizer.bpe.to_str())
+    library.add_special_tokens(["<bos>", "<pad>"])
+    bos = library.token_to_id("<bos>")
+    library.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    library.enable_padding(length=9)
+    library.enable_truncation(3)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "<pad>"}}')
+    return tmp_path
+
+
+def test_a_directory_has_its_tokenizer(directory, tokenizer):
+    loaded = load_tokenizer(directory)
+    assert loaded.encode("the 1492") == tokenizer.encode("the 1492")
+    bos, pad = loaded.bpe.token_to_id("<bos>"), loaded.bpe.token_to_id("<pad>")
+    assert loaded.encode("the", special_tokens=True) == [bos, *tokenizer.encode("the")]
+    tokens, mask = loaded.batch(["the", "the 12"], special_tokens=True)
+    assert tokens[:, 0].tolist() == [bos, bos]
+    assert tokens[~mask].tolist() == [pad] * int((~mask).sum())
+
+
+def test_without_a_pad_token_zero_pads(directory):
+    (directory / "tokenizer_config.json").unlink()
+    assert load_tokenizer(directory).pad_id == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer.json", "{", "not a tokenizer that can be read"),
+        ("tokenizer_config.json", "[]", "not a JSON object"),
+        ("tokenizer.json", None, "no such file; a tokenizer of another form"),
+    ],
+)
+def test_bad_tokenizer_files_are_named(directory, file, text, message):
+    path = directory / file
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(directory)
