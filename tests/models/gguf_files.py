@@ -65,7 +65,9 @@ def write(path, fields: dict[str, Any], weights: dict[str, np.ndarray], kind=F32
     """Writes a file. Norms are kept as float32 whatever the kind, as converters do."""
     writer = GGUFWriter(str(path), architecture)
     for name, value in fields.items():
-        if isinstance(value, str):
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, str):
             writer.add_string(name, value)
         elif isinstance(value, list):
             writer.add_array(name, value)

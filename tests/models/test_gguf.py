@@ -1,14 +1,9 @@
 """GGUF files: loaded models against the oracle, and every kind of bad file."""
 
-import contextlib
-import dataclasses
-
 import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mi_jax as mi
 from mi_jax.models import CheckpointError, load_gguf, open_gguf
@@ -95,44 +90,9 @@ def test_another_kind_of_file_is_named(tmp_path, content):
         open_gguf(path)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("gguf") / "whole.gguf", Shape(n_layers=1))
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_any_truncation_is_a_checkpoint_error(whole, data):
-    with open(whole, "rb") as file:
-        content = file.read()
-    # the writer pads the last tensor to the alignment; cutting only padding loses nothing
-    end = max(t.data_offset + t.n_bytes for t in gguf.GGUFReader(whole).tensors)
-    size = data.draw(st.integers(0, int(end) - 1))
-    path = f"{whole}.cut"
-    with open(path, "wb") as file:
-        file.write(content[:size])
-    with pytest.raises(CheckpointError, match=r"whole.gguf.cut: "):
-        load_gguf(path)
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data())
-def test_a_damaged_byte_is_a_checkpoint_error_or_another_number(whole, data):
-    with open(whole, "rb") as file:
-        content = bytearray(file.read())
-    # past the magic and the two counts, which a damaged file could make astronomically large
-    place = data.draw(st.integers(24, len(content) - 1))
-    content[place] ^= data.draw(st.integers(1, 255))
-    path = f"{whole}.damaged"
-    with open(path, "wb") as file:
-        file.write(content)
-    with contextlib.suppress(CheckpointError):
-        load_gguf(path)
-
-
 def test_another_architecture_is_named(tmp_path):
-    path = write(tmp_path / "tiny.gguf", metadata(Shape()), tensors(Shape()), architecture="qwen2")
-    with pytest.raises(CheckpointError, match=r"tiny.gguf: architecture 'qwen2' is not read; only 'llama' is"):
+    path = write(tmp_path / "tiny.gguf", metadata(Shape()), tensors(Shape()), architecture="mamba")
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: architecture 'mamba' is not read; llama, .*gemma3 are"):
         load_gguf(path)
 
 
@@ -151,16 +111,44 @@ def test_missing_metadata_are_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"llama.attention.head_count": 0}, "the metadata do not describe a decoder"),
-        ({"llama.attention.head_count_kv": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
-        ({"llama.embedding_length": "eight"}, "the metadata do not describe a decoder"),
-        ({"llama.rope.scaling.type": "yarn"}, "rotary scaling 'yarn' is not read"),
-        ({"llama.rope.dimension_count": 4}, "rotary positions on 4 of 2 dimensions are not read"),
+        ({"attention.head_count": 0}, "metadata 'llama.attention.head_count' is 0, expected at least 1"),
+        ({"attention.head_count": [4, 2]}, r"is \[4, 2\], expected a whole number, the same in all layers"),
+        ({"attention.head_count_kv": 0}, "'llama.attention.head_count_kv' is 0, expected at least 1"),
+        ({"attention.head_count_kv": 3}, "do not describe a decoder: n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"attention.value_length": 3}, "'llama.attention.value_length' is 3, expected the key length, 2"),
+        ({"attention.layer_norm_rms_epsilon": "small"}, "epsilon' is 'small', expected a finite number"),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, "epsilon' is nan, expected a finite number"),
+        ({"attention.sliding_window": 4}, r"'llama.attention.sliding_window' \(1 such\) are not known for llama"),
+        ({"embedding_length": "eight"}, "'llama.embedding_length' is 'eight', expected a whole number"),
+        ({"embedding_length": 16}, r"tensor 'token_embd.weight' has shape \[\d+, 8\], the metadata say \[\d+, 16\]"),
+        ({"block_count": 2**32 - 1}, "4294967295 layers announced, tensors of 2 there"),
+        ({"feed_forward_length": 2**32 - 1}, "announce 4294967295 values, the largest tensor has"),
+        ({"expert_count": 8}, "8 experts in architecture 'llama' are not read; 'qwen3moe' has them"),
+        ({"rope.freq_base": 0.0}, "'llama.rope.freq_base' is 0.0, expected positive"),
+        ({"attention.causal": 1}, "'llama.attention.causal' is 1, expected true or false"),
+        ({"rope.scaling.type": 3}, "'llama.rope.scaling.type' is 3, expected a string"),
+        ({"rope.scaling.type": "longrope"}, "rotary scaling 'longrope' with factor 0, .* is not read; 'linear' and"),
+        ({"rope.scaling.type": "linear"}, "rotary scaling 'linear' with factor 0, .* is not read"),
+        ({"rope.dimension_count": 4}, "the metadata do not describe a decoder: .*at most d_head=2"),
     ],
 )
 def test_metadata_that_do_not_fit_are_named(tmp_path, fields, message):
-    path = write(tmp_path / "tiny.gguf", metadata(Shape()) | fields, tensors(Shape()))
-    with pytest.raises(CheckpointError, match=message):
+    fields = metadata(Shape()) | {f"llama.{name}": value for name, value in fields.items()}
+    path = write(tmp_path / "tiny.gguf", fields, tensors(Shape()))
+    with pytest.raises(CheckpointError, match=f"tiny.gguf: .*{message}"):
+        load_gguf(path)
+
+
+def test_turning_part_of_an_interleaved_head_is_refused(tmp_path):
+    shape = Shape(d_head=4)
+    path = write(tmp_path / "tiny.gguf", metadata(shape) | {"llama.rope.dimension_count": 2}, tensors(shape))
+    with pytest.raises(CheckpointError, match="rotary positions on 2 of 4 dimensions are not read"):
+        load_gguf(path)
+
+
+def test_a_part_of_a_model_is_refused(tmp_path):
+    path = write(tmp_path / "tiny.gguf", metadata(Shape()) | {"split.count": 3}, tensors(Shape()))
+    with pytest.raises(CheckpointError, match="one of the 3 parts of a model; join them with `llama-gguf-split"):
         load_gguf(path)
 
 
@@ -168,33 +156,35 @@ def test_metadata_that_do_not_fit_are_named(tmp_path, fields, message):
 def test_tensors_of_wrong_shape_and_missing_ones_are_named(tmp_path, name):
     weights, name = tensors(Shape()), f"{name}.weight"
     wrong = weights | {name: weights[name][:-1]}
-    with pytest.raises(CheckpointError, match=rf"tiny.gguf: tensor '{name}' has shape \(.*\), expected \("):
+    with pytest.raises(CheckpointError, match=rf"tiny.gguf: tensor '{name}' has shape \[.*\], the .* \["):
         load_gguf(write(tmp_path / "tiny.gguf", metadata(Shape()), wrong))
     del weights[name]
-    with pytest.raises(CheckpointError, match=f"tiny.gguf: no tensor '{name}'; it has "):
+    with pytest.raises(CheckpointError, match=f"tiny.gguf: missing tensors '{name}'"):
         load_gguf(write(tmp_path / "tiny.gguf", metadata(Shape()), weights))
+    with pytest.raises(CheckpointError, match=f"tiny.gguf: no tensor '{name}'; it has "):
+        open_gguf(tmp_path / "tiny.gguf").read(name)
 
 
 def test_transposed_weights_are_not_taken(tmp_path):
-    shape = dataclasses.replace(Shape(), d_head=4)
+    shape = Shape(d_head=4)
     weights = tensors(shape)
     weights["blk.0.attn_q.weight"] = weights["blk.0.attn_q.weight"].T.copy()
-    with pytest.raises(CheckpointError, match=r"'blk.0.attn_q.weight' has shape \(8, 16\), expected \(16, 8\)"):
+    with pytest.raises(CheckpointError, match=r"'blk.0.attn_q.weight' has shape \[8, 16\], .* \[16, 8\]"):
         load_gguf(write(tmp_path / "tiny.gguf", metadata(shape), weights))
 
 
-def test_a_tensor_that_would_go_unread_is_named(tmp_path):
-    weights = tensors(Shape()) | {"blk.0.attn_q.bias": np.zeros(8, np.float32)}
-    with pytest.raises(CheckpointError, match=r"tiny.gguf: no place for tensor 'blk.0.attn_q.bias'"):
+@pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "rope_factors_long.weight", "blk.0.attn_q_norm.weight"])
+def test_a_tensor_that_would_go_unread_is_named(tmp_path, name):
+    weights = tensors(Shape()) | {name: np.zeros(8, np.float32)}
+    with pytest.raises(CheckpointError, match=f"tiny.gguf: no place for tensors '{name}'"):
         load_gguf(write(tmp_path / "tiny.gguf", metadata(Shape()), weights))
 
 
-def test_a_tensor_type_that_is_not_read_is_named(tmp_path, monkeypatch):
-    file = open_gguf(write_tiny(tmp_path / "tiny.gguf"))
-
-    def unknown(data, kind):
-        raise NotImplementedError(kind)
-
-    monkeypatch.setattr("mi_jax.models.checkpoints.gguf.dequantize", unknown)
-    with pytest.raises(CheckpointError, match=r"tiny.gguf: tensor 'token_embd.weight' has type F32, which is not read"):
-        file.tensor("token_embd.weight")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named_unless_they_are_wanted(tmp_path, value):
+    weights = tensors(Shape())
+    weights["blk.1.ffn_up.weight"][3, 2] = value
+    path = write(tmp_path / "tiny.gguf", metadata(Shape()), weights)
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: tensor 'blk.1.ffn_up.weight' holds NaN or infinity"):
+        load_gguf(path)
+    np.testing.assert_array_equal(load_gguf(path, allow_nan=True).blocks.mlp.up[1, 2, 3], value)

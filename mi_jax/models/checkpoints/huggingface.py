@@ -1,7 +1,7 @@
 """Decoders from Hugging Face directories, hub ids and GGUF files."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +15,14 @@ from mi_jax.models.checkpoints.families import FAMILIES
 from mi_jax.models.checkpoints.gguf import load_gguf
 from mi_jax.models.checkpoints.hub import checkpoint_directory
 from mi_jax.models.checkpoints.loading import assemble
+from mi_jax.models.checkpoints.source import Source
 from mi_jax.models.decoder import Decoder
 
 _DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MAX_LAYERS = 10_000
+# of an embedding, compared at a time
+_ROWS = 4096
 
 
 def load(
@@ -62,6 +65,7 @@ def load(
             family = FAMILIES[hf["model_type"]]
             config, ignored = family.config(hf), family.ignored
             stored = family.names(config, source.names())
+            _check_copies(source, family.copies(config, source.names()))
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     declared = None if dtype is not None else _declared(hf, where)
@@ -88,6 +92,20 @@ def _check(hf: Mapping[str, Any], where: str) -> None:
             # the number is used before the tensors could contradict it
             if isinstance(n_layers, int) and n_layers > _MAX_LAYERS:
                 raise CheckpointError(f"{where}: {key} is {n_layers}; a model of at most {_MAX_LAYERS} layers is read")
+
+
+def _check_copies(source: Source, pairs: Sequence[tuple[str, str]]) -> None:
+    """An unembedding that is stored although it is tied has to be the embedding."""
+    for copy, original in pairs:
+        n_rows = source.shape(original)[0]
+        same = source.shape(copy) == source.shape(original) and all(
+            np.array_equal(source.read(copy, i, i + _ROWS), source.read(original, i, i + _ROWS))
+            for i in range(0, n_rows, _ROWS)
+        )
+        if not same:
+            raise CheckpointError(
+                f"tie_word_embeddings says that {copy!r} is {original!r}, which it is not; set it to false to load both"
+            )
 
 
 def _declared(hf: Mapping[str, Any], where: str) -> Any:

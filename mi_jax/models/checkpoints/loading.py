@@ -62,9 +62,8 @@ def assemble(
             for number, value in zip(group, _read(source, plan, group, (), allow_nan), strict=True):
                 leaves[number] = value
     stacked = [number for number, leaf in enumerate(leaves) if leaf is None]
-    for number, empty in zip(
-        stacked, _empty(tuple(map(_layout, (plan.parameters[n] for n in stacked))))(), strict=True
-    ):
+    make_empty = _empty(tuple(_layout(plan.parameters[number]) for number in stacked))
+    for number, empty in zip(stacked, make_empty(), strict=True):
         leaves[number] = empty
     for group in plan.groups():
         first = plan.parameters[group[0]].stored

@@ -46,7 +46,9 @@ def init_state(
         names = jax.tree.map(lambda x: (None,) * x.ndim, params) if axes is None else axes
         params = sharding.shard(params, names, mesh)
     params = jax.tree.map(jnp.copy, params)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    # an optimizer may give out arrays that it keeps, such as a key
+    moments = jax.tree.map(jnp.copy, optimizer.init(params))
+    state = TrainState(params, moments, jnp.zeros((), jnp.int32))
     return state if mesh is None else jax.device_put(state, layout(state, mesh))
 
 
@@ -93,28 +95,36 @@ def state_from_arrays(arrays: Mapping[str, np.ndarray], like: TrainState, *, nam
     """The inverse of `state_arrays`, placed as `like` is; other entries are left alone.
 
     Raises:
-      InputError: an array is missing or has another shape; `name` says of which checkpoint.
+      InputError: an array is missing, unknown, or of another shape or type; `name` says of which checkpoint.
     """
+    paths = jax.tree_util.tree_leaves_with_path(like)
+    expected = {f"state{jax.tree_util.keystr(path)}": _form(x) for path, x in paths}
+    held = {key: _form(x) for key, x in arrays.items() if key.startswith("state.")}
+    if wrong := sorted(key for key in expected | held if expected.get(key) != held.get(key)):
+        key = wrong[0]
+        raise InputError(
+            f"checkpoint {name!r} is of another model or optimizer: {key!r} is {held.get(key, 'absent')} there, and "
+            f"{expected.get(key, 'absent')} here; give the same model and optimizer to resume, or another workdir"
+        )
 
     def filled(path: Any, x: Array) -> Array:
-        key, shape = f"state{jax.tree_util.keystr(path)}", _stored(x).shape
-        if key not in arrays or arrays[key].shape != shape:
-            held = f"shape {arrays[key].shape}" if key in arrays else "no such array"
-            raise InputError(
-                f"checkpoint {name!r} is of another model or optimizer: for {key!r} of shape {shape} it has {held}; "
-                "use another workdir, or give the same model and optimizer to resume"
-            )
+        key = f"state{jax.tree_util.keystr(path)}"
         if _is_key(x):
             restored = jax.random.wrap_key_data(jnp.asarray(arrays[key]), impl=jax.random.key_impl(x))
         else:
-            restored = np.asarray(arrays[key], x.dtype)
+            restored = arrays[key]
         # a copy: the step reuses the state's buffers, and the checkpoint's must not be written to
         return jnp.copy(jax.device_put(restored, x.sharding))
 
     return jax.tree_util.tree_map_with_path(filled, like)
 
 
-def _is_key(x: Array) -> bool:
+def _form(x: Array | np.ndarray) -> str:
+    x = jax.random.key_data(x) if _is_key(x) else x
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def _is_key(x: Array | np.ndarray) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
