@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer as _BPE
-from tokenizers import decoders, models, pre_tokenizers
 
+from mi_jax.data.gguf_tokenizer import read_tokenizer
 from mi_jax.models.checkpoints.errors import CheckpointError
 from mi_jax.models.checkpoints.gguf import GGUF, open_gguf
 from mi_jax.models.checkpoints.hub import checkpoint_directory
@@ -101,19 +101,9 @@ def _pad_id(bpe: _BPE, path: str) -> int:
 
 
 def tokenizer_from_gguf(file: GGUF) -> Tokenizer:
-    """The byte-level BPE tokenizer that a GGUF file carries.
+    """The tokenizer that a GGUF file carries: byte-level BPE or sentencepiece's.
 
     Raises:
       CheckpointError: the file has another kind of tokenizer.
     """
-    kind, pre = file.field("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in ("smollm", "default", "gpt-2"):
-        raise CheckpointError(f"{file.path}: tokenizer {kind!r} ({pre!r}) is not read; byte-level BPE is")
-    tokens = file.field("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges")]
-    bpe = _BPE(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    return Tokenizer(bpe, int(file.get("tokenizer.ggml.padding_token_id", 0)))
+    return Tokenizer(read_tokenizer(file), int(file.get("tokenizer.ggml.padding_token_id", 0)))

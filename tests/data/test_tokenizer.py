@@ -1,6 +1,7 @@
 """The tokenizer that a GGUF file carries."""
 
 import importlib.util
+import itertools
 
 import numpy as np
 import pytest
@@ -52,8 +53,10 @@ def test_text_round_trips(tokenizer, text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, r"tokenizer 'llama' \('smollm'\) is not read; byte-level BPE is"),
-        ({"tokenizer.ggml.pre": "qwen2"}, r"tokenizer 'gpt2' \('qwen2'\) is not read"),
+        ({"tokenizer.ggml.model": "bert"}, r"tokenizer 'bert' \('smollm'\) is not read; sentencepiece \('llama'\) is"),
+        ({"tokenizer.ggml.pre": "dbrx"}, r"tokenizer 'gpt2' \('dbrx'\) is not read"),
+        ({"tokenizer.ggml.model": "llama"}, "no metadata 'tokenizer.ggml.scores'"),
+        ({"tokenizer.ggml.merges": ["t zz"]}, "the metadata describe no tokenizer"),
         ({"tokenizer.ggml.merges": None}, "no metadata 'tokenizer.ggml.merges'"),
     ],
 )
@@ -128,3 +131,56 @@ def test_bad_tokenizer_files_are_named(directory, file, text, message):
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(directory)
+
+
+PIECES = ("<unk>", "<bos>", "▁", "a", "b", "c", "▁a", "ab", "bc", "abc", "▁ab", "<mark>")
+SCORES = (0.0, 0.0, -20.0, -21.0, -22.0, -23.0, -5.0, -2.0, -1.0, -4.0, -6.0, 0.0)
+BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
+
+
+def sentencepiece_file(folder, prefix=False):
+    fields = {name: value for name, value in metadata(Shape()).items() if not name.startswith("tokenizer")}
+    kinds = [2, 3, *(1,) * 9, 4, *(6,) * 256]
+    fields |= {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*PIECES, *BYTES],
+        "tokenizer.ggml.scores": [*SCORES, *(-1000.0,) * 256],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
+    return open_gguf(write(folder / "pieces.gguf", fields, tensors(Shape())))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    return tokenizer_from_gguf(sentencepiece_file(tmp_path_factory.mktemp("gguf")))
+
+
+def merged_by_score(text):
+    """Sentencepiece's rule as it is defined: the neighbours with the best score together merge, the leftmost first."""
+    score = dict(zip(PIECES, SCORES, strict=True))
+    symbols = list(text.replace(" ", "▁"))
+    while True:
+        pairs = [(score[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in score]
+        if not pairs:
+            break
+        i = -max(pairs)[1]
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    return [piece for s in symbols for piece in ([s] if s in score else [f"<0x{b:02X}>" for b in s.encode()])]
+
+
+@given(st.text(alphabet="abc é", max_size=12))
+def test_pieces_merge_by_score(pieces, text):
+    assert [pieces.bpe.id_to_token(i) for i in pieces.encode(text)] == merged_by_score(text)
+    assert pieces.decode(pieces.encode(text)) == text
+
+
+def test_marks_and_the_first_token_of_sentencepiece(pieces, tmp_path):
+    assert pieces.encode("abc", special_tokens=True) == [1, *pieces.encode("abc")]
+    assert pieces.encode("a<mark>b")[1] == PIECES.index("<mark>")
+    prefixed = tokenizer_from_gguf(sentencepiece_file(tmp_path, prefix=True))
+    assert prefixed.encode("ab") == pieces.encode(" ab")
+    assert prefixed.decode(prefixed.encode("ab")) == "ab"

@@ -1,0 +1,117 @@
+"""The tokenizer that a GGUF file carries: byte-level BPE with merges, or sentencepiece's BPE with scores."""
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mi_jax.models.checkpoints.errors import CheckpointError
+from mi_jax.models.checkpoints.gguf import GGUF
+
+# How text is cut before merging, by the name that the file gives it; None is GPT-2's own rule.
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CUTS = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": None,
+    "llama-bpe": _LETTERS + r"\p{N}{1,3}" + _REST,
+    "qwen2": _LETTERS + r"\p{N}" + _REST,
+}
+_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "▁"
+
+
+def read_tokenizer(file: GGUF) -> Tokenizer:
+    """The file's tokenizer, as the library's.
+
+    Raises:
+      CheckpointError: another kind of tokenizer, or metadata that do not describe one.
+    """
+    kind, pre = file.field("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
+    try:
+        if kind == "gpt2" and pre in _CUTS:
+            tokenizer = _byte_level(file, pre)
+        elif kind == "llama":
+            tokenizer = _sentencepiece(file)
+        else:
+            raise CheckpointError(
+                f"{file.path}: tokenizer {kind!r} ({pre!r}) is not read; sentencepiece ('llama') is, and byte-level "
+                f"BPE ('gpt2') of the kinds {', '.join(_CUTS)}"
+            )
+        _add_special(tokenizer, file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises bare exceptions for whatever is wrong with a vocabulary
+        raise CheckpointError(f"{file.path}: the metadata describe no tokenizer ({error})") from error
+    return tokenizer
+
+
+def _byte_level(file: GGUF, pre: str) -> Tokenizer:
+    merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(file), merges=merges, ignore_merges=pre == "llama-bpe"))
+    cut = _CUTS[pre]
+    if cut is None:
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+        steps = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        steps = [
+            pre_tokenizers.Split(Regex(cut), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(file: GGUF) -> Tokenizer:
+    """Pieces merge in the order of their scores; what no piece covers becomes bytes."""
+    tokens, scores = file.field("tokenizer.ggml.tokens"), file.field("tokenizer.ggml.scores")
+    vocabulary = _vocabulary(file)
+    unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
+    merges = [
+        (rank, vocabulary[token[:cut]], vocabulary[token[cut:]], (token[:cut], token[cut:]))
+        for rank, token in zip(scores, tokens, strict=True)
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    merges.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[merge[3] for merge in merges],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(file.get("tokenizer.ggml.add_space_prefix", True))
+    steps = [normalizers.Prepend(_SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*back, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    return tokenizer
+
+
+def _vocabulary(file: GGUF) -> dict[str, int]:
+    return {token: i for i, token in enumerate(file.field("tokenizer.ggml.tokens"))}
+
+
+def _add_special(tokenizer: Tokenizer, file: GGUF) -> None:
+    """Tokens that stand for themselves wherever they are written, and those around a text."""
+    tokens = file.field("tokenizer.ggml.tokens")
+    kinds = file.get("tokenizer.ggml.token_type", ())
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        chosen = [token for token, one in zip(tokens, kinds, strict=False) if one == kind]
+        added = [AddedToken(token, normalized=False, special=special) for token in chosen]
+        if special:
+            tokenizer.add_special_tokens(added)
+        else:
+            tokenizer.add_tokens(added)
+    around = {"bos": "", "eos": ""}
+    for name in around:
+        if file.get(f"tokenizer.ggml.add_{name}_token", False):
+            around[name] = tokens[file.field(f"tokenizer.ggml.{name}_token_id")]
+    if any(around.values()):
+        chosen = [token for token in around.values() if token]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*([around["bos"]] if around["bos"] else []), "$A", *([around["eos"]] if around["eos"] else [])],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(chosen)],
+        )
