@@ -1,18 +1,20 @@
 """Every family against `transformers`: stored checkpoints of tiny random models, and what it computes from them.
 
-Measured over all families: logits differ from the reference's by at most 1.4e-5 and streams by at most 1.1e-5, where
-rounding alone makes the reference in float32 differ from itself in float64 by up to 1.1e-5. One setting left out moves
-the logits by 7e-4 or more (`test_another_setting_is_seen`).
+Measured over all families: logits and streams differ from the reference's by at most 1.4e-5, where rounding alone makes
+the reference in float32 differ from itself in float64 by up to 1.1e-5. One setting left out moves the logits by 7e-4 or
+more (`test_another_setting_is_seen`).
 
-In bfloat16 there is no one right answer: every program rounds elsewhere. The bound is on the root mean square error
-from the float32 reference, 1.5 times that of the reference in bfloat16. Measured: 0.79 (SmolLM3) to 1.25 (Phi-3), 1.25
-to be expected by chance from some 2,000 logits whose errors come from a few hundred roundings; rounding where the
-reference does not, in the rotary tables or a softmax, gives 2 or more.
+In bfloat16 there is no one right answer: every program rounds elsewhere. What is bounded is the root mean square error
+of the logits from the float32 reference, over that of the reference in bfloat16. Measured on 46 models, two of every
+family: 0.79 to 1.27, median 0.99; so 1.5 for one model, and 1.08 for the geometric mean over the families. If the norms
+took their statistics in bfloat16 the median would be 1.17; a softmax in bfloat16 gives 1.01, which prompts this short
+cannot tell.
 """
 
 import functools
 import shutil
 from pathlib import Path
+from statistics import geometric_mean
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ FOLDER = Path(__file__).parents[1] / "reference" / "families" / "golden"
 NAMES = sorted(folder.name for folder in FOLDER.iterdir())
 GENERATING = [name for name in NAMES if name not in ("bert", "vit")]
 WITH_OLDER_WORDS = [name for name in NAMES if (FOLDER / name / "config_legacy.json").exists()]
-TOLERANCE, BFLOAT16_BOUND = 1e-4, 1.5
+TOLERANCE = 1e-4
 # one of every kind of block: plain, parallel, sandwich, norms on the stream, mixture
 KINDS = ("bert", "gemma2", "gpt2", "gptj", "olmoe")
 
@@ -63,13 +65,15 @@ def test_logits_and_streams(name, tmp_path):
         np.testing.assert_array_equal(compute(load(tmp_path), golden(name)).logits, found.logits)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16(name):
-    model = load(FOLDER / name, dtype=jnp.bfloat16)
-    errors = bfloat16_errors(compute(model, golden(name)), golden(name))
-    assert errors["bfloat16_vs_reference"] <= BFLOAT16_BOUND, errors
+def test_bfloat16():
+    ratios = {}
+    for name in NAMES:
+        errors = bfloat16_errors(compute(load(FOLDER / name, dtype=jnp.bfloat16), golden(name)), golden(name))
+        ratios[name] = errors["bfloat16_vs_reference"]
+    assert max(ratios.values()) <= 1.5, ratios
     # nothing was computed in float32 behind its back
-    assert errors["bfloat16_rms"] > 0.1 * errors["bfloat16_rms_reference"]
+    assert min(ratios.values()) >= 0.5, ratios
+    assert geometric_mean(ratios.values()) <= 1.08, ratios
 
 
 @pytest.mark.parametrize("name", GENERATING)

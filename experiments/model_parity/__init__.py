@@ -1,0 +1,1 @@
+"""Whether every model family computes what `transformers` computes from the same checkpoint."""
