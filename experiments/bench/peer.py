@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +74,28 @@ def interpreter(script: Path, python: str = "") -> Path:
     return executable
 
 
-def run_script(python: Path, script: Path, *arguments: str) -> dict[str, Any]:
-    """Runs a peer's script to its end and returns the JSON object that it printed.
+def run_script(python: Path, script: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Runs a script to its end and returns the JSON object that it printed.
+
+    Args:
+      python: an interpreter that has what the script needs.
+      script: the script.
+      arguments: of its command line.
+      environ: its environment variables; those of this process if not given.
 
     Raises:
       PeerError: it failed, or printed something else.
     """
-    output = _run(python, [str(script), *arguments], f"{script.name} failed")
+    output = _run(python, [str(script), *arguments], f"{script.name} failed", environ)
     try:
         return json.loads(output)
     except ValueError as error:
         raise PeerError(f"{script.name} did not print a JSON object ({error}): {output[:80]!r}") from error
 
 
-def _run(python: Path, arguments: list[str], failure: str) -> str:
+def _run(python: Path, arguments: list[str], failure: str, environ: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run([str(python), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run([str(python), *arguments], capture_output=True, text=True, check=False, env=environ)
     except OSError as error:
         raise PeerError(f"{failure}: {error}") from error
     if done.returncode:

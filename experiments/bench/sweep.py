@@ -18,10 +18,9 @@ operations (about 5 for the residual stream, 3 to 4 for the heads) then still wa
 """
 
 import dataclasses
-import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,12 @@ from rich.console import Console
 
 import mi_jax as mi
 from experiments.bench import limit
+from experiments.bench.harness import Measurement, keep_to_cores, limited, run_measurements
 from experiments.bench.peer import PEERS, PeerError, interpreter, run_script
 from experiments.bench.setting import BATCH, GPT2_SMALL, N_POS, SMOKE, TOKENS, Setting, metric, setting
 from experiments.bench.timing import Disturbance, cold_seconds, median_ratio, seconds
 from mi_jax.core.attribution import attribute
-from mi_jax.report import terminal_table
-from mi_jax.run import Progress, Stage, Workdir, run_stages
+from mi_jax.run import Progress, Workdir
 from mi_jax.run.launch import launch
 
 BARS = {
@@ -81,23 +80,19 @@ class SweepBenchConfig:
 
 
 class Bench:
-    """The stages; what they time is made when the first of them needs it."""
+    """The measurements, and what they time."""
 
-    def __init__(self, workdir: Workdir, config: SweepBenchConfig, console: Console):
-        self.workdir, self.config, self.console = workdir, config, console
+    def __init__(self, config: SweepBenchConfig, console: Console):
+        self.config, self.console = config, console
         shape, batch, n_pos = (SMOKE, 2, 6) if config.smoke else (GPT2_SMALL, BATCH, N_POS)
         self.setting = setting(shape, batch, n_pos, key=jax.random.key(config.seed))
 
-    def stages(self) -> list[Stage]:
-        makers: list[tuple[str, float, Callable[[Progress], Mapping[str, Any]]]] = [
+    def measurements(self) -> list[tuple[str, float, Measurement]]:
+        return [
             ("sweeps", 800 if self.config.peers else 180, self.sweeps),
             ("capture", 30, self.capture),
             ("attribution", 40, self.attribution),
         ]
-        return [Stage(name, name, self._kept(make), expected) for name, expected, make in makers]
-
-    def _kept(self, make: Callable[[Progress], Mapping[str, Any]]) -> Callable[[Progress], None]:
-        return lambda progress: self.workdir.add_results(make(progress))
 
     def sweeps(self, progress: Progress) -> dict[str, Any]:
         made, calls, values = self.setting, {}, {}
@@ -144,16 +139,8 @@ class Bench:
         needed = {"sweep": limit.residual_sweep_flops, "heads": limit.head_sweep_flops}
         results: dict[str, Any] = {"limit.matmul_gflops": rate / 1e9, "limit.holds": True}
         for name, flops in needed.items():
-            fewest = flops(config, batch, n_pos, logits=len(TOKENS)) / rate
-            results[f"limit.{name}_seconds"] = fewest
-            results[f"{name}.fraction_of_limit"] = fewest / statistics.median(ours[f"{name}.warm"])
-            if min(ours[f"{name}.warm"]) < fewest:
-                results["limit.holds"] = False
-                self.console.print(
-                    f"{name}: a call was faster than the limit, so the matmul rate was measured too low, on a machine "
-                    "that was busy then; its fraction of the limit means nothing. Run again on a quiet machine.",
-                    soft_wrap=True,
-                )
+            fewest, taken = flops(config, batch, n_pos, logits=len(TOKENS)) / rate, ours[f"{name}.warm"]
+            results |= limited(name, fewest, taken, self.console, holds=results["limit.holds"])
         return results
 
     def _peers(self) -> dict[str, Path]:
@@ -248,16 +235,13 @@ def run_bench(config: SweepBenchConfig, workdir: str, *, console: Console | None
     """
     console = console or Console(highlight=False)
     folder = Workdir.open(workdir, config, experiment="bench.sweep")
-    run_stages(folder, Bench(folder, config, console).stages(), console=console)
-    console.print(terminal_table(folder.results, None if config.smoke else BARS))
-    console.print(folder.path / "results.json", soft_wrap=True, markup=False)
-    return folder.results
+    measurements = Bench(config, console).measurements()
+    return run_measurements(folder, measurements, bars=None if config.smoke else BARS, console=console)
 
 
 def main(config: SweepBenchConfig, workdir: str) -> None:
     """Runs the benchmark on so many cores, compiling everything anew."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: config.threads])
+    keep_to_cores(config.threads)
     # a first call must compile, also where an earlier run has left its programs
     jax.config.update("jax_enable_compilation_cache", False)
     run_bench(config, workdir)

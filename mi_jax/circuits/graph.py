@@ -1,7 +1,9 @@
 """The computational graph: sources write to the residual stream, readers read from it, edges join them.
 
 Sources are `input`, every head `a{l}.h{h}` and every MLP `m{l}`. Readers are `a{l}.h{h}<q>` per head, `a{l}.h{h}<k>`
-and `<v>` per key/value head, `m{l}` and `logits`. There is an edge where the source is written before the reader reads.
+and `<v>` per key/value head, `m{l}` and `logits`. There is an edge where the source is written before the reader reads;
+in a parallel block, where attention and MLP read the same stream, none from a layer's heads to its MLP. A mixture of
+experts is one MLP. Biases are no sources: they are the same in every run.
 Names follow EAP-IG (Hanna et al. 2024); grouped key/value heads keep their own readers.
 """
 
@@ -11,21 +13,33 @@ from typing import Any
 
 import numpy as np
 
+from mi_jax.core.errors import InputError
 from mi_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """The edges of a decoder of this shape; arrays over edges have shape `[source reader]`."""
+    """The edges of a decoder of this shape; arrays over edges have shape `[source reader]`.
+
+    Attributes:
+      parallel: attention and MLP of a layer read the same stream.
+    """
 
     n_layers: int
     n_heads: int
     n_kv_heads: int
     has_mlp: bool
+    parallel: bool = False
 
     @classmethod
     def of(cls, config: DecoderConfig) -> "Graph":
-        return cls(config.n_layers, config.n_heads, config.n_kv_heads, config.d_mlp > 0)
+        """The graph of a model of this shape.
+
+        Raises:
+          InputError: a model whose sources do not add up to the stream, or that has no tokens or no logits.
+        """
+        _check(config)
+        return cls(config.n_layers, config.n_heads, config.n_kv_heads, config.d_mlp > 0, config.parallel)
 
     @property
     def layer_sources(self) -> int:
@@ -63,12 +77,12 @@ class Graph:
     @functools.cached_property
     def edges(self) -> np.ndarray:
         """True where an edge exists, `[source reader]`."""
-        # the moment of writing or reading: 2·layer for attention, 2·layer + 1 for the MLP
-        written = [-1]
+        # the moment of writing or reading: 2·layer for attention, 2·layer + 1 for an MLP that reads after it
+        written, later = [-1], 0 if self.parallel else 1
         read: list[int] = []
         for layer in range(self.n_layers):
-            written += [2 * layer] * self.n_heads + [2 * layer + 1] * self.has_mlp
-            read += [2 * layer] * (self.n_heads + 2 * self.n_kv_heads) + [2 * layer + 1] * self.has_mlp
+            written += [2 * layer] * self.n_heads + [2 * layer + later] * self.has_mlp
+            read += [2 * layer] * (self.n_heads + 2 * self.n_kv_heads) + [2 * layer + later] * self.has_mlp
         read.append(2 * self.n_layers)
         return np.asarray(written)[:, None] < np.asarray(read)[None, :]
 
@@ -166,3 +180,17 @@ class Graph:
         if name in ("input", "logits"):
             return {"name": name, "layer": -1 if name == "input" else self.n_layers, "kind": name}
         return {"name": name, "layer": int(name[1:].partition(".")[0]), "kind": "head" if name[0] == "a" else "mlp"}
+
+
+def _check(config: DecoderConfig) -> None:
+    reasons = {
+        f"its heads go through a norm together before they are added to the stream (norms={config.norms!r})": (
+            config.norms in ("output", "sandwich")
+        ),
+        "its norms stand on the stream itself (norms='post')": config.norms == "post",
+        "its inputs are images, not tokens": config.patches is not None,
+        "it is an encoder without a head and has no logits": config.head == "none",
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InputError(f"there is no graph of edges for {config.name}: {reason}")

@@ -73,13 +73,13 @@ def masked_forward(
 
     def body(carry, row):
         x, difference = carry
-        number, layer, weights = row
+        number, params, weights = row
         tap = _EdgeTap(graph, difference, patch, weights, number)
-        x = block(layer, x, tap, model.config, Prompts(mask))
+        x = block(model.layer(number, params), x, tap, model.config, Prompts(mask))
         return (x, tap.difference), None
 
     numbers = jnp.arange(graph.n_layers, dtype=jnp.int32)
-    (x, difference), _ = jax.lax.scan(body, (x, difference), (numbers, model.layers, by_layer))
+    (x, difference), _ = jax.lax.scan(body, (x, difference), (numbers, model.blocks, by_layer))
     x = x + jnp.einsum("s,sbpd->bpd", edges[:, -1], difference)
     return model.head(x, Tap(model.site_table, {}, (), {}, None), output_pos)
 

@@ -19,6 +19,7 @@ from mi_jax.core.index import Index
 from mi_jax.core.sites import LAYER, Site, SiteError
 from mi_jax.core.transforms import SiteModel, capture, jit
 
+
 class _Swap(Edit):
     """Replaces the value where the operand says so: one program serves for every site and every layer."""
 

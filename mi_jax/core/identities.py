@@ -21,8 +21,8 @@ def equations(table: SiteTable, acts: Acts) -> dict[str, Sides]:
         "resid_pre[0] == embed": (("resid_pre", "embed"), lambda a, m: (a["resid_pre"][0], a["embed"])),
         **_stream(table.names),
         **{
-            f"attn.{name}_in == resid_pre of every head": ((f"attn.{name}_in", "resid_pre"), _readers(f"attn.{name}_in"))
-            for name in "qkv"
+            f"{name} == resid_pre of every head": ((name, "resid_pre"), _readers(name))
+            for name in ("attn.q_in", "attn.k_in", "attn.v_in")
         },
         _scores_name(rule): (("attn.scores", "attn.q", "attn.k"), lambda a, m: _scores(a, m, rule)),
         "attn.pattern == softmax(attn.scores)": (
@@ -74,9 +74,7 @@ def _written(rule: AttentionRule) -> dict[str, tuple[tuple[str, ...], Sides]]:
     of_experts = {"mlp_out == Σ_expert mlp.gates · mlp.expert_out": (experts, mixture)}
     if rule.written == "sum + bias":
         return {"attn_out − Σ_head attn.head_out is one vector per layer": (heads, remainder)} | of_experts
-    summed = {
-        "attn_out == Σ_head attn.head_out": (heads, lambda a, m: (a["attn_out"], a["attn.head_out"].sum(3)))
-    }
+    summed = {"attn_out == Σ_head attn.head_out": (heads, lambda a, m: (a["attn_out"], a["attn.head_out"].sum(3)))}
     return summed | of_experts
 
 

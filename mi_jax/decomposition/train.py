@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from mi_jax.core import sharding
 from mi_jax.decomposition.massive import massive
 from mi_jax.decomposition.sae import SAE, SAEConfig, init, logical_axes, loss, unit_rows
+from mi_jax.models.training import updated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,8 @@ def _update(state: TrainState, batch: Array, sae_config: SAEConfig, config: Trai
         return loss(eqx.combine(params, fixed), batch, dead, sae_config)
 
     (total, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    # optax raises b1 to the power of an integer count, which strict dtype promotion would refuse
-    with jax.numpy_dtype_promotion("standard"):
-        updates, moments = optimiser(config).update(grads, state.optimiser, params)
-    sae = eqx.combine(eqx.apply_updates(params, updates), fixed)
+    params, moments = updated(optimiser(config), grads, state.optimiser, params)
+    sae = eqx.combine(params, fixed)
     if not frozen_decoder:
         sae = eqx.tree_at(lambda s: s.w_dec, sae, unit_rows(sae.w_dec))
     metrics = {

@@ -2,10 +2,11 @@
 
 The last stream is a sum of parts, and with the final norm's scale s taken from the run the rest is linear:
 
-    logit[t] = Σ_part part · d / s + bias · u,   u = unembed[t],   d = weight ⊙ u
+    logit[t] = Σ_part part · d / s + bias · u + bias[t],   u = unembed[t],   d = weight ⊙ u
 
-Under LayerNorm d also loses its mean, which is the same as centring every part. What is not in the parts is how they
-act through later layers, and that they change s.
+Under LayerNorm d also loses its mean, which is the same as centring every part. Norms of the embedding, and of what
+attention and MLP add to the stream, are taken in the same way: d goes through each with the scale that it has in the
+run. What is not in the parts is how they act through later layers, and that they change the scales.
 
 Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (direct path and output contributions).
 """
@@ -13,16 +14,16 @@ Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" 
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, SiteError, at
 from mi_jax.core.transforms import SiteModel
+from mi_jax.features.direct_parts import along, embedding_parts, layer_parts, mlp_bias_needs_run, through
 from mi_jax.features.lens import check_tokens, in_float32, unwrap
+from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder
-from mi_jax.models.norm import Norm
 
 # An edit of one of these puts something into the sum that no part wrote: what has to be captured to know how much.
 _EDITED = {
@@ -39,34 +40,45 @@ _EDITED = {
 class LogitParts(eqx.Module):
     """A logit, or a logit difference, and the parts that sum to it. Values at padding belong to padding.
 
+    Biases have parts of their own, which are 0 where the model has none. Those of a norm and of what it reads are one.
+
     Attributes:
-      logit: of the run itself.
-      embed, position: the token embedding, and the learned table of positions (0 where there is none).
+      logit: of the run itself, before the soft cap where the model has one.
+      embed, position, token_type: the token embedding, and the learned tables (0 where there is none).
+      embed_bias: bias of a norm of the embedding.
       heads: every head's output.
-      mlp: every MLP's output; None in an attention-only model.
-      norm_bias: bias of the final norm, the same wherever the tokens are.
+      attn_bias, mlp_bias: what every attention and MLP adds whatever the tokens are.
+      mlp: every MLP's output without its bias; None in an attention-only model.
+      norm_bias, unembed_bias: bias of the final norm, and of the unembedding.
       edits: by site, what edits of the stream, of `attn_out` or of the last two sites put in themselves. Edits of other
         sites, such as `attn.z` or `mlp_out`, are in the part that they change.
       scale: what the final norm divided by.
       sources: each head's part by the position it was read from, where asked for. Sums over `key` to `heads`, unless
         `attn.z` or `attn.head_out` is edited.
-      neurons: each MLP's part by neuron, where asked for. Sums to `mlp` unless `mlp_out` is edited.
+      neurons: each MLP's part by neuron, where asked for; in a mixture by expert and neuron, and 0 for experts that
+        are not chosen. Sums to `mlp` unless `mlp_out` or `mlp.expert_out` is edited.
     """
 
     logit: Float[Array, "batch pos"]
     embed: Float[Array, "batch pos"]
     position: Float[Array, "batch pos"]
+    token_type: Float[Array, "batch pos"]
+    embed_bias: Float[Array, "batch pos"]
     heads: Float[Array, "layer batch pos head"]
+    attn_bias: Float[Array, "layer batch pos"]
     mlp: Float[Array, "layer batch pos"] | None
+    mlp_bias: Float[Array, "layer batch pos"]
     norm_bias: Float[Array, "batch pos"]
+    unembed_bias: Float[Array, "batch pos"]
     edits: dict[str, Array]
     scale: Float[Array, "batch pos"]
     sources: Float[Array, "layer batch pos head key"] | None
-    neurons: Float[Array, "layer batch pos d_mlp"] | None
+    neurons: Float[Array, "layer batch pos *expert d_mlp"] | None
 
     def total(self) -> Float[Array, "batch pos"]:
         """The sum of all parts."""
-        total = self.embed + self.position + self.norm_bias + self.heads.sum((0, 3))
+        total = self.embed + self.position + self.token_type + self.embed_bias + self.norm_bias + self.unembed_bias
+        total = total + self.heads.sum((0, 3)) + self.attn_bias.sum(0) + self.mlp_bias.sum(0)
         if self.mlp is not None:
             total = total + self.mlp.sum(0)
         for part in self.edits.values():
@@ -93,6 +105,7 @@ class DirectLogits(eqx.Module):
         answer: Int[Array, "*place"],
         distractor: Int[Array, "*other_place"] | None = None,
         output_pos: Int[Array, " batch"] | None = None,
+        token_types: Int[Array, "batch pos"] | None = None,
         taps: Any = None,
     ) -> LogitParts:
         """The parts of the logit of `answer`, or of its difference to `distractor`, at every position.
@@ -100,46 +113,62 @@ class DirectLogits(eqx.Module):
         Args:
           answer, distractor: tokens, a scalar, `[batch]` or `[batch pos]`.
           output_pos: account for these positions only; the axis `pos` of the result then has size 1.
+          token_types: as the model takes them.
 
         Raises:
           InputError: a token that the vocabulary lacks, or tokens of another batch or length.
+          SiteError: an edit of the logits of a model that has a soft cap on them.
         """
         decoder, edits = unwrap(self.model, taps)
+        _check_edits(decoder, edits)
         n_pos = tokens.shape[1] if output_pos is None else 1
-        u = _row(decoder, "answer", answer, tokens.shape[0], n_pos)
+        u, unembed_bias = _row(decoder, "answer", answer, tokens.shape[0], n_pos)
         if distractor is not None:
-            u = u - _row(decoder, "distractor", distractor, tokens.shape[0], n_pos)
+            other, other_bias = _row(decoder, "distractor", distractor, tokens.shape[0], n_pos)
+            u, unembed_bias = u - other, unembed_bias - other_bias
 
         # the last two sites know nothing of output_pos
         late = bool({"final_norm", "logits"} & edits.keys())
-        early = None if late else output_pos
-        output, acts = decoder(tokens, mask, taps=edits, capture=_wanted(self, decoder, edits), output_pos=early)
+        output, acts = decoder(
+            tokens,
+            mask,
+            taps=edits,
+            capture=_wanted(self, decoder, edits),
+            output_pos=None if late else output_pos,
+            token_types=token_types,
+        )
         if output_pos is not None:
             acts = {name: _at_positions(name, x, output_pos) for name, x in acts.items()}
             output = jnp.take_along_axis(output, output_pos[:, None, None], axis=1) if late else output
 
         last = acts["resid_post"] if acts["resid_post"].ndim == 3 else acts["resid_post"][-1]
-        d, scale = _direction(decoder.final_norm, u, in_float32(last))
-        logit = _logit(output, answer, u.shape[:2])
-        if distractor is not None:
-            logit = logit - _logit(output, distractor, u.shape[:2])
+        assert decoder.final_norm is not None
+        normed = decoder.final_norm(last)
+        d, norm_bias, scale = through(decoder.final_norm, u, in_float32(last))
+        if decoder.config.logit_softcap:
+            # what was before the cap cannot be told from the output where the cap is reached
+            logit = along(acts.get("final_norm", normed), u) + unembed_bias
+        else:
+            logit = _logit(output, answer, u.shape[:2])
+            if distractor is not None:
+                logit = logit - _logit(output, distractor, u.shape[:2])
 
-        token, position = _embedding(decoder, tokens, output_pos)
-        bias = decoder.final_norm.bias
-        heads, sources, neurons = _by_layer(decoder, acts, d)
+        layers = layer_parts(decoder, acts, d, by_neuron=self.by_neuron)
         parts = LogitParts(
             logit=logit,
-            embed=(token * d).sum(-1),
-            position=jnp.zeros(logit.shape, logit.dtype) if position is None else (position * d).sum(-1),
-            heads=heads,
-            mlp=_along(acts["mlp_out"], d) if "mlp_out" in acts else None,
-            norm_bias=jnp.zeros(logit.shape, logit.dtype) if bias is None else u @ in_float32(bias),
+            **embedding_parts(decoder, tokens, token_types, output_pos, d),
+            heads=layers["heads"],
+            attn_bias=layers["attn_bias"],
+            mlp=along(acts["mlp_out"], d) - layers["mlp_bias"] if "mlp_out" in acts else None,
+            mlp_bias=layers["mlp_bias"],
+            norm_bias=norm_bias,
+            unembed_bias=unembed_bias,
             edits={},
             scale=scale,
-            sources=sources,
-            neurons=neurons,
+            sources=layers.get("sources"),
+            neurons=layers.get("neurons"),
         )
-        by_edit = _edit_parts(parts, acts, edits, d, u, decoder.final_norm(last))
+        by_edit = _edit_parts(parts, acts, edits, d, u, normed)
         return eqx.tree_at(lambda p: p.edits, parts, by_edit)
 
 
@@ -149,28 +178,52 @@ def direct_logits(model: SiteModel, *, by_source: bool = False, by_neuron: bool 
     Args:
       model: a native decoder, also under `mi.intervene`; the parts are those of the edited run.
       by_source: also split every head by the position it reads from, `pattern · (v · o)`.
-      by_neuron: also split every MLP by neuron.
+      by_neuron: also split every MLP by neuron; in a mixture every expert is then computed for every token.
 
     Raises:
-      SiteError: not a native decoder, or `by_neuron` for one without MLPs.
+      SiteError: not a native decoder, or one of another kind: an encoder without logits, with images as inputs, or with
+        norms on the stream itself. Also `by_neuron` for one without MLPs.
 
     Example:
       `parts = mi.jit(direct_logits(model))(tokens, mask, answer=a, distractor=b, output_pos=last)`; then
       `parts.heads.mean(1)[:, 0]` is `[layer head]`.
     """
     decoder, _ = unwrap(model)
+    _check_model(decoder.config)
     if by_neuron and not decoder.config.d_mlp:
         raise SiteError(f"{decoder.config.name} has no MLPs, so there are no neurons to split; leave by_neuron out")
     return DirectLogits(model, by_source, by_neuron)
+
+
+def _check_model(config: DecoderConfig) -> None:
+    reasons = {
+        "it is an encoder without a head and has no logits": config.head == "none",
+        "its inputs are images, not tokens": config.patches is not None,
+        "its norms stand on the stream itself, so later parts scale earlier ones": config.norms == "post",
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise SiteError(f"logits of {config.name} cannot be split into parts: {reason}")
+
+
+def _check_edits(decoder: Decoder, edits: dict) -> None:
+    if decoder.config.logit_softcap and "logits" in edits:
+        raise SiteError(
+            f"the parts of {decoder.config.name} sum to the logit before its soft cap, an edit of 'logits' comes after "
+            "it: leave that edit out, or edit 'final_norm'"
+        )
 
 
 def _wanted(self: DirectLogits, decoder: Decoder, edits: dict) -> tuple[At, ...]:
     names = {"attn.head_out" if "attn.head_out" in edits else "attn.z"}
     names |= {"attn.z", "attn.pattern", "attn.v"} if self.by_source else set()
     names |= {"mlp_out"} if decoder.config.d_mlp else set()
-    names |= {"mlp.post"} if self.by_neuron else set()
+    names |= {"mlp.post"} if self.by_neuron or mlp_bias_needs_run(decoder) else set()
+    names |= {"mlp.gates"} if self.by_neuron and decoder.config.n_experts else set()
+    parallel = decoder.config.parallel
     for name in _EDITED.keys() & edits.keys():
-        names |= {"embed" if name == "resid_pre" else name, *_EDITED[name]}
+        needed = ("resid_post", "resid_pre", "attn_out") if name == "resid_post" and parallel else _EDITED[name]
+        names |= {"embed" if name == "resid_pre" else name, *needed}
     stream = None if "resid_post" in names else decoder.config.n_layers - 1
     # the output is the site `logits`
     return (at("resid_post", stream), *(at(name) for name in sorted(names - {"resid_post", "logits"})))
@@ -187,12 +240,16 @@ def _at_positions(name: str, x: Array, pos: Int[Array, " batch"]) -> Array:
     return jnp.take_along_axis(x, pos.reshape(shape), axis=axis)
 
 
-def _row(decoder: Decoder, name: str, tokens: Array, batch: int, n_pos: int) -> Float[Array, "batch pos d_model"]:
-    """Unembedding rows of the tokens."""
+def _row(
+    decoder: Decoder, name: str, tokens: Array, batch: int, n_pos: int
+) -> tuple[Float[Array, "batch pos d_model"], Float[Array, "batch pos"]]:
+    """Unembedding rows of the tokens, and their biases."""
     check_tokens(name, tokens, decoder.config.d_vocab)
-    unembed = decoder.embed if decoder.unembed is None else decoder.unembed
+    places = _places(name, tokens, (batch, n_pos))
     # a token outside the vocabulary must not become the last one unseen
-    return in_float32(unembed.at[_places(name, tokens, (batch, n_pos))].get(mode="fill", fill_value=jnp.nan))
+    u = in_float32(decoder.unembedding.at[places].get(mode="fill", fill_value=jnp.nan))
+    bias = decoder.unembed_bias
+    return u, jnp.zeros(places.shape, u.dtype) if bias is None else in_float32(bias[places])
 
 
 def _places(name: str, tokens: Array, shape: tuple[int, ...]) -> Int[Array, "batch pos"]:
@@ -212,80 +269,29 @@ def _logit(
     return jnp.take_along_axis(in_float32(output), places[:, :, None], axis=-1)[..., 0]
 
 
-def _direction(norm: Norm, u: Array, last: Array) -> tuple[Array, Array]:
-    """What the stream is multiplied with, the scale of the run included, and that scale."""
-    if norm.weight is None:
-        return u, jnp.ones(u.shape[:2], u.dtype)
-    d = u * in_float32(norm.weight)[None, None, :]
-    if norm.bias is not None:
-        d, last = d - d.mean(-1, keepdims=True), last - last.mean(-1, keepdims=True)
-    scale = jnp.sqrt(jnp.square(last).mean(-1) + norm.eps)
-    return d / scale[..., None], scale
-
-
-def _embedding(decoder: Decoder, tokens: Array, output_pos: Array | None) -> tuple[Array, Array | None]:
-    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    if output_pos is not None:
-        tokens, places = (
-            jnp.take_along_axis(x, output_pos[:, None], axis=1) for x in jnp.broadcast_arrays(tokens, places)
-        )
-    token = in_float32(decoder.embed[tokens])
-    if decoder.pos_embed is None:
-        return token, None
-    return token, jnp.broadcast_to(in_float32(decoder.pos_embed[places]), token.shape)
-
-
-def _along(x: Float[Array, "*layer batch pos d_model"], d: Array) -> Float[Array, "*layer batch pos"]:
-    return jnp.einsum("...bpd,bpd->...bp", in_float32(x), d)
-
-
-def _by_layer(decoder: Decoder, acts: dict[str, Array], d: Array) -> tuple[Array, Array | None, Array | None]:
-    """Heads, heads by source and neurons, one layer at a time: no head's output is ever written out."""
-    down = None if decoder.blocks.mlp is None else decoder.blocks.mlp.down
-    names = ("attn.z", "attn.head_out", "attn.pattern", "attn.v", "mlp.post")
-    rows = {name: acts[name] for name in names if name in acts}
-
-    def layer(row):
-        o, down, acts = row
-        acts = {name: in_float32(x) for name, x in acts.items()}
-        reads = jnp.einsum("bpd,nhd->bpnh", d, in_float32(o))
-        if "attn.head_out" in acts:
-            heads = jnp.einsum("bpnd,bpd->bpn", acts["attn.head_out"], d)
-        else:
-            heads = (acts["attn.z"] * reads).sum(-1)
-        sources = neurons = None
-        if "attn.pattern" in acts:
-            v = jnp.repeat(acts["attn.v"], o.shape[0] // acts["attn.v"].shape[2], axis=2)
-            sources = jnp.einsum("bnqk,bknh,bqnh->bqnk", acts["attn.pattern"], v, reads)
-        if "mlp.post" in acts:
-            neurons = acts["mlp.post"] * jnp.einsum("bpd,md->bpm", d, in_float32(down))
-        return heads, sources, neurons
-
-    return jax.lax.map(layer, (decoder.blocks.attn.o, down if "mlp.post" in acts else None, rows))
-
-
 def _edit_parts(
     parts: LogitParts, acts: dict[str, Array], edits: dict, d: Array, u: Array, normed: Array
 ) -> dict[str, Array]:
     """What the edited sites hold beyond what was written into them."""
-    along = {
-        name: _along(x, d) for name, x in acts.items() if name.startswith("resid") or name in ("embed", "attn_out")
+    by_site = {
+        name: along(x, d) for name, x in acts.items() if name.startswith("resid") or name in ("embed", "attn_out")
     }
     out = {}
     if "embed" in edits:
-        out["embed"] = along["embed"] - parts.embed - parts.position
+        out["embed"] = by_site["embed"] - parts.embed - parts.position - parts.token_type - parts.embed_bias
     if "resid_pre" in edits:
-        out["resid_pre"] = along["resid_pre"] - jnp.concatenate([along["embed"][None], along["resid_post"][:-1]])
+        out["resid_pre"] = by_site["resid_pre"] - jnp.concatenate([by_site["embed"][None], by_site["resid_post"][:-1]])
     if "attn_out" in edits:
-        out["attn_out"] = along["attn_out"] - parts.heads.sum(-1)
+        out["attn_out"] = by_site["attn_out"] - parts.heads.sum(-1) - parts.attn_bias
     if "resid_mid" in edits:
-        out["resid_mid"] = along["resid_mid"] - along["resid_pre"] - along["attn_out"]
+        out["resid_mid"] = by_site["resid_mid"] - by_site["resid_pre"] - by_site["attn_out"]
     if "resid_post" in edits:
-        out["resid_post"] = along["resid_post"] - along["resid_mid"]
+        before = by_site["resid_mid"] if "resid_mid" in by_site else by_site["resid_pre"] + by_site["attn_out"]
+        out["resid_post"] = by_site["resid_post"] - before
         if parts.mlp is not None:
-            out["resid_post"] = out["resid_post"] - parts.mlp
+            out["resid_post"] = out["resid_post"] - parts.mlp - parts.mlp_bias
     if "final_norm" in edits:
-        out["final_norm"] = _along(acts["final_norm"], u) - _along(normed, u)
+        out["final_norm"] = along(acts["final_norm"], u) - along(normed, u)
     if "logits" in edits:
-        out["logits"] = parts.logit - _along(acts["final_norm"], u)
+        out["logits"] = parts.logit - along(acts["final_norm"], u) - parts.unembed_bias
     return out

@@ -78,7 +78,8 @@ def attention(
     if tap.touches("attn.head_out"):
         out = tap("attn.head_out", jnp.einsum("bpnh,nhd->bpnd", z, p.o)).sum(2)
     else:
-        out = jnp.einsum("bpnh,nhd->bpd", z, p.o)
+        # as one matrix: contracted over two axes, the weights would be transposed anew in every layer
+        out = z.reshape(*z.shape[:2], -1) @ p.o.reshape(-1, p.o.shape[-1])
     return out if p.o_bias is None else out + p.o_bias[None, None, :]
 
 

@@ -32,11 +32,11 @@ class Block(eqx.Module):
 
 
 class Layer(eqx.Module):
-    """A layer's parameters and what else differs between layers, which is not trained. Or all layers' of these."""
+    """A layer's parameters, and what else can differ between layers but is not trained."""
 
     params: Block
     turn: Rotation | None
-    window: Int[Array, "*layer"] | None
+    window: Int[Array, ""] | None
 
 
 def block(

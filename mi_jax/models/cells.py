@@ -60,7 +60,7 @@ class Entry(eqx.Module):
 
 def unpatched(
     model: "Decoder",
-    tokens: Int[Array, "batch pos"],
+    tokens: Int[Array, "batch pos"] | Float[Array, "batch channel height width"],
     mask: Bool[Array, "batch pos"] | None,
     taps: Taps,
     *,
@@ -93,12 +93,12 @@ def entry(model: "Decoder", run: Unpatched, site: Site, taps: Taps, layer: Int[A
         return None
     if not site.layered:
         return Entry(run.stream[0], {})
-    params, x, row = _at(layer, (model.layers, run.stream, stacked_rows(taps, model.site_table)))
+    params, x, row = _at(layer, (model.blocks, run.stream, stacked_rows(taps, model.site_table)))
     before = ()
     if site.name in _AFTER_ATTENTION or site.name.startswith("mlp."):
         before = ("attn_out",) if model.config.parallel else ("resid_mid",)
     tap = Tap(model.site_table, taps, (site.name, *before), row, layer, run.mask)
-    block(params, x, tap, model.config, Prompts(run.mask))
+    block(model.layer(layer, params), x, tap, model.config, Prompts(run.mask))
     return Entry(tap.seen[site.name], {name: tap.seen[name] for name in before})
 
 
@@ -242,15 +242,16 @@ def resume_cells(
         return _edited_head(model, run, cells, output_pos)
     rows = stacked_rows(cells.taps, model.site_table) | {_SWEPT: split(edit, site)[0]}
 
-    layers, n_layers = model.layers, model.config.n_layers
+    n_layers = model.config.n_layers
     reads_one = output_pos is not None and cells.at_entry and not cells.taps.keys() - {"embed"}
 
     def step(number, x, known, read=None):
-        layer, row, keys, values = _at(number, (layers, rows, run.keys, run.values))
+        params, row, keys, values = _at(number, (model.blocks, rows, run.keys, run.values))
         layout = _CellLayout(suffixes, keys, values, run.mask)
         if read is not None:
             layout = _ReadLayout(suffixes, keys, values, run.mask, read)
-        return block(layer, x, _CellTap(model, cells, row, number, run.mask, known), model.config, layout)
+        tap = _CellTap(model, cells, row, number, run.mask, known)
+        return block(model.layer(number, params), x, tap, model.config, layout)
 
     x = suffixes.of(_at(layer, run.stream))
     if entry is not None:

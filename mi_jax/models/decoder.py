@@ -45,11 +45,11 @@ class Decoder(eqx.Module):
     def site_table(self) -> SiteTable:
         return site_table(self.config)
 
-    @property
-    def layers(self) -> Layer:
-        """All layers, stacked: what a scan over them takes."""
-        windows = jnp.asarray(self.config.windows, jnp.int32) if any(self.config.windows) else None
-        return Layer(self.blocks, rotation(self.config), windows)
+    def layer(self, number: Int[Array, ""] | int, params: Block) -> Layer:
+        """One layer, of `self.blocks` the row `number`: with what its place among the layers determines."""
+        windows = self.config.windows if any(self.config.windows) else None
+        window = None if windows is None else jnp.asarray(windows, jnp.int32)[number]
+        return Layer(params, rotation(self.config, number), window)
 
     def __call__(
         self,
@@ -138,13 +138,12 @@ class Decoder(eqx.Module):
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         rows = stacked_rows(taps, table)
 
-        layers = self.layers
-
         def body(number, x):
-            layer, row = jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), (layers, rows)
+            params, row = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), (self.blocks, rows)
             )
-            return block(layer, x, Tap(table, taps, (), row, number, mask), self.config, Prompts(mask))
+            tap = Tap(table, taps, (), row, number, mask)
+            return block(self.layer(number, params), x, tap, self.config, Prompts(mask))
 
         x = jax.lax.fori_loop(layer, self.config.n_layers, body, x)
         return self.head(x, Tap(table, taps, (), {}, None, mask), output_pos)

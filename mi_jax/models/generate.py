@@ -8,7 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from mi_jax.core.apply import Taps
 from mi_jax.core.edits import AblateMean, AblateMeanPerPosition, Edit, Noise

@@ -16,34 +16,40 @@ from mi_jax.models.config import DecoderConfig, RopeScaling
 
 
 class Rotation(eqx.Module):
-    """How queries and keys turn, in one layer or with a leading `layer` axis.
+    """How the queries and keys of a layer turn.
 
     Attributes:
       frequency: in radians per position, of every pair of components.
       gain: multiplies the turned components; None is 1.
     """
 
-    frequency: Float[Array, "*layer pair"]
-    gain: Float[Array, "*layer"] | None
+    frequency: Float[Array, " pair"]
+    gain: Float[Array, ""] | None
 
 
-def rotation(config: DecoderConfig) -> Rotation | None:
-    """The rotations of all layers; None where positions are not rotary."""
+def rotation(config: DecoderConfig, layer: Int[Array, ""] | int) -> Rotation | None:
+    """The rotation of a layer, a constant where it is that of all; None where positions are not rotary."""
     if config.positions != "rotary":
         return None
+    frequencies, gains = rotations(config)
+    # a constant of the program: sines and cosines are then computed once, not in every layer
+    row = 0 if (frequencies == frequencies[0]).all() and (gains == gains[0]).all() else layer
+    gain = None if (gains == 1.0).all() else jnp.asarray(gains)[row]
+    return Rotation(jnp.asarray(frequencies)[row], gain)
+
+
+def rotations(config: DecoderConfig) -> tuple[Float[np.ndarray, "layer pair"], Float[np.ndarray, " layer"]]:
+    """Frequencies and gains of all layers, in float32."""
     scaling = config.rope_scaling
     scaled = _scaled(config.rope_theta, config.n_rotary, scaling)
     local = scaled if config.rope_local_theta is None else _scaled(config.rope_local_theta, config.n_rotary, None)
     windows = config.windows or (0,) * config.n_layers
     turns = config.rope_layers or (True,) * config.n_layers
     rows = [(local if window else scaled) * turn for window, turn in zip(windows, turns, strict=True)]
-    gain = None
-    if scaling is not None and (factor := _gain(scaling)) != 1.0:
-        is_local = [window > 0 and config.rope_local_theta is not None for window in windows]
-        gain = [1.0 if one or not turn else factor for one, turn in zip(is_local, turns, strict=True)]
-    return Rotation(
-        jnp.asarray(np.stack(rows), jnp.float32), None if gain is None else jnp.asarray(np.array(gain), jnp.float32)
-    )
+    factor = 1.0 if scaling is None else _gain(scaling)
+    is_local = [window > 0 and config.rope_local_theta is not None for window in windows]
+    gains = [1.0 if one or not turn else factor for one, turn in zip(is_local, turns, strict=True)]
+    return np.stack(rows).astype(np.float32), np.array(gains, np.float32)
 
 
 def rotate(

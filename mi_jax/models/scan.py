@@ -43,14 +43,14 @@ def scan_layers(
         return x, {}, state
     table, config = model.site_table, model.config
 
-    def layer_step(x, state, number, layer, rows):
+    def layer_step(x, state, number, params, rows):
         tap = Tap(table, taps, slots.layered, rows, number, mask)
         layout = Prompts(mask) if enter is None else enter(number, state)
-        x = block(layer, x, tap, config, layout)
+        x = block(model.layer(number, params), x, tap, config, layout)
         return x, state if leave is None else leave(layout), tap.seen
 
     numbers = jnp.arange(config.n_layers, dtype=jnp.int32)
-    xs = jax.tree.map(lambda a: a[:n_layers], (numbers, model.layers, stacked_rows(taps, table)))
+    xs = jax.tree.map(lambda a: a[:n_layers], (numbers, model.blocks, stacked_rows(taps, table)))
     shapes = {}
     if slots.partial:
         first = jax.tree.map(lambda a: a[0], xs)

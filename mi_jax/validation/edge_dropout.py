@@ -61,7 +61,8 @@ def resampled_forward(
     x, mask = model.embedded(tokens)
     differences = [_difference(x)]
     for number in range(graph.n_layers):
-        layer = jax.tree.map(lambda a, number=number: a[number], model.layers)
-        x = block(layer, x, _ResampleTap(graph, edges, differences, number), model.config, Prompts(mask))
+        params = jax.tree.map(lambda a, number=number: a[number], model.blocks)
+        tap = _ResampleTap(graph, edges, differences, number)
+        x = block(model.layer(number, params), x, tap, model.config, Prompts(mask))
     x = x + jnp.einsum("s,sbpd->bpd", edges[:, -1], jnp.stack(differences))
     return model.head(x, Tap(model.site_table, {}, (), {}, None))

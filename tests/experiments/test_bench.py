@@ -21,7 +21,6 @@ from experiments.bench.peer import PEERS, PeerError, dependencies, environment, 
 from experiments.bench.setting import SMOKE, metric, setting
 from experiments.bench.sweep import SCRIPTS, Bench, SweepBenchConfig, empty_taps_are_free, run_bench
 from experiments.bench.timing import Disturbance, ratios
-from mi_jax.run import Workdir
 
 ONE_LAYER = dataclasses.replace(SMOKE, n_layers=1, d_model=3, n_heads=1, n_kv_heads=1, d_head=2, d_mlp=5)
 
@@ -41,19 +40,24 @@ def test_operations_of_the_residual_sweep():
     """Two layers, two positions, one example: what is left of the model in each of the four cells."""
     config = dataclasses.replace(ONE_LAYER, n_layers=2)
     first, second = (limit.linear_flops(config) + limit.attention_flops(config, keys) for keys in (1, 2))
-    unpatched = 2 * (first + second)
-    cells = 2 * (first + second) + 2 * second + (first + second) + second
+    # of the last layer, keys and values (3×2 each) of a position that is not read
+    unread = 2 * (2 * 6)
+    unpatched = first + second + unread + second
+    cells = (first + second + unread + second) + (second + second) + (unread + second) + second
     logits = 4 * 2 * (2 * 3)
     assert limit.residual_sweep_flops(config, 1, 2, logits=2) == unpatched + cells + logits
     assert limit.residual_sweep_flops(config, 7, 2, logits=2) == 7 * (unpatched + cells + logits)
 
 
 def test_operations_of_the_head_sweep():
-    config = dataclasses.replace(ONE_LAYER, n_layers=2, n_heads=2, n_kv_heads=2)
-    layer = 2 * limit.linear_flops(config) + limit.attention_flops(config, 1) + limit.attention_flops(config, 2)
-    rest_of_layer = 2 * limit.linear_flops(config, after_heads=True)
-    cells = 2 * (rest_of_layer + layer) + 2 * rest_of_layer
-    assert limit.head_sweep_flops(config, 1, 2, logits=2) == 2 * layer + cells + 4 * 2 * (2 * 3)
+    """Three layers, two heads, two positions: a head of the first layer leaves the most of the model to compute."""
+    config = dataclasses.replace(ONE_LAYER, n_layers=3, n_heads=2, n_kv_heads=2)
+    first, second = (limit.linear_flops(config) + limit.attention_flops(config, keys) for keys in (1, 2))
+    rest, unread = limit.linear_flops(config, after_heads=True), 2 * (2 * 12)
+    last = unread + second
+    cells = 2 * ((2 * rest + first + second + last) + (2 * rest + last) + rest)
+    unpatched = 2 * (first + second) + last
+    assert limit.head_sweep_flops(config, 1, 2, logits=2) == unpatched + cells + 6 * 2 * (2 * 3)
 
 
 def test_the_rate_is_that_of_the_machine():
@@ -106,10 +110,10 @@ def test_own_work_is_no_disturbance(monkeypatch):
     assert disturbance.share < 0.1
 
 
-def test_a_limit_that_a_call_beats_is_said_to_be_wrong(tmp_path):
+def test_a_limit_that_a_call_beats_is_said_to_be_wrong():
     out = io.StringIO()
     config = SweepBenchConfig(smoke=True, peers=False)
-    bench = Bench(Workdir.open(tmp_path / "run", config), config, Console(file=out, width=200))
+    bench = Bench(config, Console(file=out, width=200))
     fewest = limit.residual_sweep_flops(SMOKE, 2, 6, logits=2) / 1e9
     taken = {"sweep.warm": [2 * fewest, 4 * fewest, 4 * fewest], "heads.warm": [1.0]}
     held = bench._limits(1e9, taken)

@@ -15,6 +15,7 @@ from mi_jax.features.logit_attribution import direct_logits
 from mi_jax.models import load_gguf, open_gguf, smollm2_path
 from tests.features.test_lens import Foreign
 from tests.models.tiny import CONFIGS, prompts, tiny
+from tests.models.tiny_families import FAMILIES, family, noisy
 
 TOLERANCE = 2e-5
 ANSWER, DISTRACTOR = jnp.array([1, 5], jnp.int32), jnp.array([4, 2], jnp.int32)
@@ -47,6 +48,97 @@ def test_the_parts_sum_to_the_logit_and_the_splits_to_the_parts(name):
         close(parts.neurons.sum(-1), np.asarray(parts.mlp))
     else:
         assert parts.mlp is None
+
+
+SPLIT = [name for name, config in FAMILIES.items() if config.head == "logits" and config.patches is None]
+# a norm of the embedding, token types, and sandwiches of LayerNorms with biases
+EXTRA = dataclasses.replace(
+    FAMILIES["gpt2"], name="extra", norms="sandwich", embed_norm=True, n_token_types=3, unembed_bias=True
+)
+
+
+@pytest.mark.parametrize("name", [*SPLIT, "extra"])
+def test_the_parts_sum_to_the_logit_in_every_structure(name):
+    model, tokens = noisy(EXTRA) if name == "extra" else family(name), prompts(0)
+    options = {"token_types": jnp.array([[0, 1, 2, 1, 0]] * 2, jnp.int32)} if name == "extra" else {}
+    run = mi.jit(direct_logits(model, by_source=True, by_neuron=True))
+    parts = run(tokens, MASK, answer=ANSWER, distractor=DISTRACTOR, **options)
+    output = mi.jit(model)(tokens, MASK, **options)
+    if cap := model.config.logit_softcap:
+        output = cap * jnp.arctanh(output / cap)
+    close(parts.logit, difference(output))
+    close(parts.total(), difference(output))
+    close(parts.sources.sum(-1), np.asarray(parts.heads))
+    close(parts.neurons.sum((-2, -1) if model.config.n_experts else -1), np.asarray(parts.mlp))
+    config = model.config
+    for part, exists in {
+        "position": config.positions == "learned",
+        "token_type": config.n_token_types > 0,
+        "embed_bias": config.embed_norm,
+        "attn_bias": config.o_bias,
+        "mlp_bias": config.mlp_bias,
+        "norm_bias": config.norm == "layer",
+        "unembed_bias": config.unembed_bias,
+    }.items():
+        assert (np.abs(getattr(parts, part)).max() > 1e-2) == exists, part
+
+
+IN_LAYER_1 = (
+    mi.add("embed", 0.3, pos=1, unit=2),
+    mi.scale("resid_pre", 1.3, layer=1),
+    mi.add("attn.z", 0.1, layer=0, head=1),
+    mi.scale("attn.head_out", 0.2, layer=1, head=2),
+    mi.add("attn_out", -0.4, layer=1, unit=3),
+    mi.scale("resid_mid", 0.7, layer=1),
+    mi.scale("mlp_out", 2.0, layer=1),
+    mi.ablate("resid_post", layer=1, unit=5),
+    mi.add("final_norm", 0.2, pos=2),
+    mi.add("logits", 0.6, unit=1),
+)
+
+
+@pytest.mark.parametrize("name", ["gemma", "neox", "mixture", "extra"])
+def test_the_sum_is_exact_under_edits_in_every_structure(name):
+    model, tokens = noisy(EXTRA) if name == "extra" else family(name), prompts(4)
+    lacking = {"resid_mid"} if model.config.parallel else {"logits"} if model.config.logit_softcap else set()
+    edited = mi.intervene(model, *[edit for edit in IN_LAYER_1 if edit.site not in lacking])
+    parts = mi.jit(direct_logits(edited))(tokens, MASK, answer=ANSWER, distractor=DISTRACTOR)
+    close(parts.residual(), np.zeros((2, 5)))
+    of_layers = {"resid_pre", "attn_out", "resid_mid", "resid_post"} - lacking
+    assert set(parts.edits) == of_layers | ({"embed", "final_norm", "logits"} - lacking)
+    for site, part in parts.edits.items():
+        assert np.abs(part).max() > 1e-3, site
+        if site in of_layers:
+            close(part[0], np.zeros((2, 5)))
+    at = jnp.array([4, 1], jnp.int32)
+    one = mi.jit(direct_logits(edited))(tokens, MASK, answer=ANSWER, distractor=DISTRACTOR, output_pos=at)
+    close(one.total()[:, 0], parts.total()[jnp.arange(2), at])
+
+
+def test_an_expert_that_is_not_chosen_has_no_part_and_one_that_is_has_its_own():
+    model, tokens = family("mixture"), prompts(6)
+    parts = mi.jit(direct_logits(model, by_neuron=True))(tokens, answer=ANSWER)
+    _, acts = mi.jit(mi.capture(model, "mlp.gates", "mlp.expert_out", "resid_post"))(tokens)
+    u = np.asarray(model.embed, np.float64)[np.asarray(ANSWER)] * np.asarray(model.final_norm.weight)
+    written = np.asarray(acts["mlp.gates"])[..., None] * np.asarray(acts["mlp.expert_out"])
+    close(parts.neurons.sum(-1), np.einsum("lbped,bd->lbpe", written, u) / np.asarray(parts.scale)[None, :, :, None])
+    chosen = np.asarray(acts["mlp.gates"]) > 0
+    assert (chosen.sum(-1) == 2).all()
+    assert (np.asarray(parts.neurons)[~chosen] == 0).all()
+
+
+def test_a_head_before_an_output_norm_is_scaled_as_the_whole_is():
+    """Of the last layer, without MLP: what the logit loses when the norm's scale is held and the head's output is 0."""
+    model, tokens = family("gemma"), prompts(7)
+    parts = mi.jit(direct_logits(model))(tokens, answer=ANSWER)
+    _, acts = mi.jit(mi.capture(model, "attn.head_out"))(tokens)
+    heads = np.asarray(acts["attn.head_out"][1], np.float64)
+    whole = heads.sum(2)
+    post = 1 + np.asarray(model.blocks.attn_post_norm.weight[1], np.float64)
+    scale = np.sqrt((whole**2).mean(-1) + model.config.norm_eps)
+    u = np.asarray(model.embed, np.float64)[np.asarray(ANSWER)] * (1 + np.asarray(model.final_norm.weight))
+    expected = np.einsum("bpnd,d,bd->bpn", heads, post, u) / (scale * np.asarray(parts.scale))[..., None]
+    close(parts.heads[1], expected)
 
 
 def test_in_float64_the_sum_is_exact_and_a_logit_alone_works_too():
@@ -195,6 +287,14 @@ def test_what_does_not_fit_is_named():
         direct_logits(tiny("attention-only"), by_neuron=True)
     with pytest.raises(mi.SiteError, match="Foreign is not a native decoder"):
         direct_logits(Foreign(tiny()))
+    with pytest.raises(mi.SiteError, match="logits of bert-like cannot be split into parts: it is an encoder"):
+        direct_logits(family("bert"))
+    with pytest.raises(mi.SiteError, match="vit-like cannot be split into parts: its inputs are images"):
+        direct_logits(family("vit"))
+    with pytest.raises(mi.SiteError, match="post-norm cannot be split into parts: its norms stand on the stream"):
+        direct_logits(noisy(dataclasses.replace(FAMILIES["gpt2"], name="post-norm", norms="post")))
+    with pytest.raises(mi.SiteError, match="the parts of gemma-like sum to the logit before its soft cap"):
+        direct_logits(mi.intervene(family("gemma"), mi.scale("logits", 2.0)))(tokens, answer=ANSWER)
 
 
 @pytest.mark.reference

@@ -56,8 +56,8 @@ def layout(state: TrainState, mesh: Mesh) -> TrainState:
     """The sharding of every array of a state: as it lies on the mesh, or whole on every device if it does not."""
 
     def of(x: Array) -> NamedSharding:
-        placed = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
-        return x.sharding if placed else sharding.replicated(mesh)
+        held = x.sharding
+        return held if isinstance(held, NamedSharding) and held.mesh == mesh else sharding.replicated(mesh)
 
     return jax.tree.map(of, state)
 
@@ -77,8 +77,8 @@ def over_batch(batch: Tree, mesh: Mesh) -> Tree:
 
 
 def updated(
-    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, params: Tree
-) -> tuple[Tree, PyTree]:
+    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
     """Parameters and optimizer state after one update."""
     # optax raises its decay rates to the power of an integer count, which strict dtype promotion would refuse
     with jax.numpy_dtype_promotion("standard"):

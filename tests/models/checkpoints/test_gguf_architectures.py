@@ -16,7 +16,7 @@ from mi_jax.models.checkpoints.huggingface import load
 from mi_jax.models.checkpoints.saving import save
 from mi_jax.models.config import RopeScaling
 from mi_jax.models.decoder import abstract_decoder
-from mi_jax.models.rotary import rotation
+from mi_jax.models.rotary import rotations
 from tests.models.checkpoints.gguf_convert import F32, write_decoder
 from tests.models.gguf_files import Shape, metadata, tensors, write
 
@@ -157,9 +157,9 @@ def _llama3_factors(factor: float) -> np.ndarray:
 def test_a_table_of_rotary_factors_becomes_the_scaling_it_came_from(tmp_path, factor):
     config = _with_factors(tmp_path, _llama3_factors(factor)).config
     assert config.rope_scaling == RopeScaling("llama3", factor, 8192)
-    plain = rotation(dataclasses.replace(config, rope_scaling=None)).frequency[0]
-    scaled = rotation(config).frequency[0]
-    np.testing.assert_allclose(np.asarray(plain / scaled), _llama3_factors(factor), rtol=1e-5)
+    plain = rotations(dataclasses.replace(config, rope_scaling=None))[0][0]
+    scaled = rotations(config)[0][0]
+    np.testing.assert_allclose(plain / scaled, _llama3_factors(factor), rtol=1e-5)
 
 
 def test_a_table_on_top_of_another_scaling_is_refused(tmp_path):

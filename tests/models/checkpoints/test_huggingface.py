@@ -334,9 +334,7 @@ def test_a_tied_unembedding_that_is_stored_has_to_be_the_embedding(tmp_path, equ
     folder = Path(shutil.copytree(GOLDEN / "smollm2", tmp_path / "model"))
     tensors = library.load_file(folder / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
-    library.save_file(
-        tensors | {"lm_head.weight": embedding if equal else embedding + 1}, folder / "model.safetensors"
-    )
+    library.save_file(tensors | {"lm_head.weight": embedding if equal else embedding + 1}, folder / "model.safetensors")
     if equal:
         assert _same(load(folder), load(GOLDEN / "smollm2"))
     else:

@@ -9,7 +9,7 @@ from mi_jax.models.checkpoints.errors import CheckpointError
 from mi_jax.models.checkpoints.gguf.file import GGUF
 from mi_jax.models.checkpoints.gguf.metadata import Metadata
 from mi_jax.models.config import DecoderConfig, RopeScaling
-from mi_jax.models.rotary import rotation
+from mi_jax.models.rotary import rotations
 
 FACTORS = "rope_freqs.weight"
 
@@ -79,6 +79,4 @@ def scaling_from_factors(file: GGUF, config: DecoderConfig) -> RopeScaling | Non
 
 
 def _frequency(config: DecoderConfig) -> np.ndarray:
-    turn = rotation(config)
-    assert turn is not None
-    return np.asarray(turn.frequency)[0]
+    return rotations(config)[0][0]
