@@ -37,10 +37,10 @@ def dependencies(script: Path) -> tuple[str, ...]:
 
 
 def environment(script: Path) -> Path:
-    """Where the script's environment is kept: another one for other dependencies or another Python."""
+    """Where the script's environment is kept: one for all scripts of equal dependencies, and for each Python."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mi_jax" / "peers"
     described = "\n".join((sys.version.split()[0], *dependencies(script)))
-    return cache / f"{script.stem}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+    return cache / hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
 def interpreter(script: Path, python: str = "") -> Path:

@@ -39,6 +39,8 @@ from mi_jax.run import Progress, Workdir
 from mi_jax.run.launch import launch
 
 BARS = {
+    "both.warm_vs_transformer_lens": "≥ 10",
+    "both.cold_vs_transformer_lens": "≥ 5",
     "sweep.warm_vs_transformer_lens": "≥ 10",
     "sweep.cold_vs_transformer_lens": "≥ 5",
     "sweep.fraction_of_limit": "≥ 0.6",
@@ -183,6 +185,9 @@ class Bench:
                     f"{name}.difference_{peer}": np.abs(np.array(runs[0]["values"][site]) - values[name]).max(),
                 }
         for peer, runs in theirs.items():
+            for kind in ("warm", "cold"):
+                taken, needed = (sum(results[f"{n}.{what}_seconds"] for n in SWEEPS) for what in (peer, kind))
+                results[f"both.{kind}_vs_{peer}"] = taken / needed
             results |= {f"peer.{peer}.{package}": version for package, version in runs[0]["versions"].items()}
         return results
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformer-lens==3.9.0", "numpy>=2.0"]
+# dependencies = ["torch==2.13.0", "transformer-lens==3.9.0", "safetensors>=0.5", "numpy>=2.0"]
 # ///
 """Activations and patching sweeps of tiny random TransformerLens models, as arrays to compare with.
 
