@@ -263,7 +263,7 @@ def resume_cells(
             layer = layer + 1
         else:
             x = value
-    if not reads_one:
+    if output_pos is None or not reads_one:
         x = jax.lax.fori_loop(layer, n_layers, lambda number, x: step(number, x, {}), x)
         return _head(model, run, cells, x, output_pos)
     x = jax.lax.fori_loop(layer, n_layers - 1, lambda number, x: step(number, x, {}), x)

@@ -20,12 +20,19 @@ def numpy_sites(model, inputs, mask=None, token_types=None) -> dict[str, np.ndar
     if config.norms != "post":
         out["final_norm"] = stream = _norm(weights.final_norm, (), stream, config)
     if config.head == "none":
-        return out | {"output": stream}
+        return out
     logits = stream @ (weights.embed if config.tied else weights.unembed).T
     if config.unembed_bias:
         logits = logits + weights.unembed_bias
     out["logits"] = _capped(logits, config.logit_softcap)
-    return out | {"output": out["logits"]}
+    return out
+
+
+def numpy_output(sites) -> np.ndarray:
+    """The output of the model among its sites."""
+    if "logits" in sites:
+        return sites["logits"]
+    return sites["final_norm"] if "final_norm" in sites else sites["resid_post_normalized"][-1]
 
 
 class _Float64:
@@ -126,7 +133,7 @@ def _sees(query, key, layer, config):
     if not config.causal:
         return True
     window = config.windows[layer] if config.windows else 0
-    return 0 <= query - key and (window == 0 or query - key < window)
+    return query - key >= 0 and (window == 0 or query - key < window)
 
 
 def _normed_heads(norm, layer, heads, config):
@@ -210,7 +217,10 @@ def scaled_frequencies(theta, dim, scaling):
     for i, frequency in enumerate(plain):
         if scaling.kind == "llama3":
             wavelength = 2 * math.pi / frequency
-            low, high = scaling.n_ctx_original / scaling.low_freq_factor, scaling.n_ctx_original / scaling.high_freq_factor
+            low, high = (
+                scaling.n_ctx_original / scaling.low_freq_factor,
+                scaling.n_ctx_original / scaling.high_freq_factor,
+            )
             if wavelength > low:
                 kept = 0.0
             elif wavelength < high:

@@ -7,6 +7,7 @@ import jax
 
 from mi_jax.models.config import DecoderConfig, PatchConfig, RopeScaling
 from mi_jax.models.decoder import Decoder, init_decoder
+from tests.models.tiny import prompts
 
 _BASE = DecoderConfig(
     name="llama-like",
@@ -96,4 +97,4 @@ def inputs(name: str, seed: int, batch: int = 2, n_pos: int = 6) -> jax.Array:
     if config.patches is not None:
         shape = config.patches
         return jax.random.normal(key, (batch, shape.n_channels, shape.image_size, shape.image_size))
-    return jax.random.randint(key, (batch, n_pos), 0, config.d_vocab, jax.numpy.int32)
+    return prompts(seed, batch, n_pos, config.d_vocab)
