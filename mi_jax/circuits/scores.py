@@ -89,4 +89,4 @@ def edge_scores(
     if method not in ("eap", "eap-ig"):
         raise ValueError(f"method must be 'eap', 'eap-ig' or 'exact', got {method!r}")
     alphas = np.ones(1) if method == "eap" else np.arange(steps) / steps
-    return np.asarray(_attribution(model, task, jnp.asarray(alphas, model.embed.dtype)))
+    return np.asarray(_attribution(model, task, jnp.asarray(alphas, model.blocks.attn.q.dtype)))

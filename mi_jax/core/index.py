@@ -26,7 +26,7 @@ _INDEX_AXES = {
     "layer": (LAYER,),
     "pos": ("pos", "query"),
     "head": ("head", "kv_head"),
-    "unit": ("d_head", "d_mlp", "d_model", "d_vocab", "unit"),
+    "unit": ("d_head", "d_mlp", "d_model", "d_vocab", "unit", "expert"),
 }
 
 

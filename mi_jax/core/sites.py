@@ -130,7 +130,8 @@ class SiteTable:
 
     def n_pos(self, inputs: Any) -> int:
         """Positions of a run on these inputs, `[batch pos …]` unless the model has a number of its own."""
-        return dict(self.sizes).get("pos", inputs.shape[1])
+        sizes = dict(self.sizes)
+        return sizes["pos"] if "pos" in sizes else inputs.shape[1]
 
     def resolve(self, name: str) -> tuple[Site, int | None]:
         """The site behind a name or a TransformerLens alias, and the layer that the alias names.

@@ -68,9 +68,10 @@ def token_effects(model: Decoder, sae: SAE, latent: int, *, n: int) -> tuple[lis
     the vocabulary, for a stream of unit root mean square. What later layers make of it is not in it.
     """
     direction = sae.w_dec[latent]
-    if model.final_norm.weight is not None:
-        direction = direction * model.final_norm.weight
-    logits = np.asarray((model.embed if model.unembed is None else model.unembed) @ direction)
+    norm = model.final_norm
+    if norm is not None and norm.weight is not None:
+        direction = direction * (norm.weight + norm.offset)
+    logits = np.asarray(model.unembedding @ direction)
     logits = logits - logits.mean()
     order = np.argsort(logits)
     return (

@@ -11,9 +11,9 @@ from mi_jax.models.config import DecoderConfig as DecoderConfig
 from mi_jax.models.config import PatchConfig as PatchConfig
 from mi_jax.models.config import RopeScaling as RopeScaling
 from mi_jax.models.decoder import Decoder as Decoder
-from mi_jax.models.decoder import abstract_decoder as abstract_decoder
-from mi_jax.models.decoder import init_decoder as init_decoder
-from mi_jax.models.decoder import logical_axes as logical_axes
 from mi_jax.models.generate import Generated as Generated
 from mi_jax.models.generate import generate as generate
+from mi_jax.models.parameters import abstract_decoder as abstract_decoder
+from mi_jax.models.parameters import init_decoder as init_decoder
+from mi_jax.models.parameters import logical_axes as logical_axes
 from mi_jax.models.smollm2 import smollm2_path as smollm2_path

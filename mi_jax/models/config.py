@@ -1,7 +1,7 @@
 """The shape of a decoder: a model family is a choice of these fields."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,16 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self):
+        check_choices(self)
         if self.factor <= 0:
             raise ValueError(f"the factor of rotary scaling must be positive, got {self.factor}")
         if self.kind != "linear" and self.n_ctx_original < 1:
             raise ValueError(f"{self.kind} scaling needs the original context length, n_ctx_original")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"llama3 scaling needs 0 < low_freq_factor < high_freq_factor; got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +136,7 @@ class DecoderConfig:
     head: Literal["logits", "none"] = "logits"
 
     def __post_init__(self):
+        check_choices(self)
         for field in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_vocab", "n_ctx"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
@@ -160,6 +167,8 @@ class DecoderConfig:
             raise ValueError(f"an image of {self.patches.n_positions} positions, n_ctx={self.n_ctx}, not rotary")
         if self.patches is not None and self.tied and self.head == "logits":
             raise ValueError("an image has no token embedding that the unembedding could be tied to")
+        if self.patches is not None and (self.n_token_types or self.embed_scale != 1.0):
+            raise ValueError("n_token_types and embed_scale are of token embeddings, which a model of images lacks")
 
     @property
     def n_rotary(self) -> int:
@@ -169,3 +178,10 @@ class DecoderConfig:
     @property
     def score_scale(self) -> float:
         return self.d_head**-0.5 if self.attn_scale is None else self.attn_scale
+
+
+def check_choices(config: object) -> None:
+    """Raises ValueError for a field that is none of the strings it is declared to be; a branch would pass it over."""
+    for field, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, field) not in get_args(hint):
+            raise ValueError(f"{field} is one of {', '.join(get_args(hint))}; got {getattr(config, field)!r}")

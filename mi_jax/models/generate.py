@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from mi_jax.core.apply import Taps
-from mi_jax.core.edits import AblateMean, AblateMeanPerPosition, Edit, Noise
+from mi_jax.core.apply import Taps, check_positions
+from mi_jax.core.edits import AblateMean, AblateMeanPerPosition, AblateResample, Edit, Noise
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, Site, SiteError
 from mi_jax.core.taps import Slots, Tap
@@ -57,25 +57,30 @@ def generate(
       tokens: right-padded where the lengths differ.
       mask: True at real tokens; None means all are.
       temperature: 0 takes the most likely token, everything else draws with `key`.
-      top_k, top_p: draw from the k largest logits, or from the most likely tokens that together reach probability p.
+      top_k, top_p: draw from the k largest logits, or from the most likely tokens that together reach probability p;
+        both need a temperature.
       stop: tokens that end a text.
 
     Raises:
       InputError: no decoder, prompts that are empty or not padded on the right, a text longer than the context, or
         sampling without a key.
-      SiteError: an edit of the generated tokens that has no meaning there: one whose value depends on other positions.
+      SiteError: an edit of a position that the prompts lack, or one of the generated tokens that has no meaning there:
+        whose value depends on other positions, or on other texts where their positions can differ.
 
     Example:
       `mi.generate(mi.intervene(model, mi.add("resid_post", direction, layer=8)), tokens, max_new_tokens=32).tokens`
     """
     decoder, taps, wanted = _unwrapped(model)
     _check(decoder, tokens, mask, max_new_tokens, temperature, top_k, top_p, key)
-    step_taps = {name: kept for name, edits in taps.items() if (kept := tuple(e for e in edits if _every_token(e)))}
-    stops = (stop,) if isinstance(stop, int) else tuple(stop)
+    check_positions(taps, tokens.shape[1])
+    stops = tuple(map(int, (stop,) if isinstance(stop, int | np.integer) else stop))
+    aligned = not stops and _same_length(mask)
+    step_taps = {name: tuple(e for e in edits if _every_token(e, aligned=aligned)) for name, edits in taps.items()}
+    step_taps = {name: edits for name, edits in step_taps.items() if edits}
     sampling = {
         "temperature": jnp.asarray(temperature, jnp.float32) if temperature else None,
-        "top_k": top_k if temperature else None,
-        "top_p": jnp.asarray(top_p, jnp.float32) if top_p is not None and temperature else None,
+        "top_k": top_k,
+        "top_p": None if top_p is None else jnp.asarray(top_p, jnp.float32),
     }
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
     run = _Generation(decoder, taps, step_taps, sampling, wanted, max_new_tokens, stops)
@@ -220,8 +225,12 @@ def _unwrapped(model: Any) -> tuple[Decoder, dict[str, tuple[Edit, ...]], tuple[
     return model, taps, model.site_table.normalise(tuple(wanted))
 
 
-def _every_token(edit: Edit) -> bool:
-    """Whether an edit is made at generated tokens too."""
+def _every_token(edit: Edit, *, aligned: bool) -> bool:
+    """Whether an edit is made at generated tokens too.
+
+    Args:
+      aligned: the texts have the same length at every step.
+    """
     if edit.index.pos is not None:
         return False
     if isinstance(edit, Noise) or (isinstance(edit, AblateMean) and not isinstance(edit, AblateMeanPerPosition)):
@@ -229,7 +238,25 @@ def _every_token(edit: Edit) -> bool:
             f"{type(edit).__name__} of site {edit.site!r} has no meaning at a single generated token; give it pos=… to "
             "make it in the prompt, or use an edit with a fixed value, such as a mean over a data set"
         )
+    if edit.captured:
+        raise SiteError(
+            f"the captured value for site {edit.site!r} is of a prompt and has none for generated tokens; give it "
+            "pos=…, such as pos=range(n) for all n positions of a prompt, or pass an array that is the same everywhere"
+        )
+    if isinstance(edit, AblateMeanPerPosition | AblateResample) and not aligned:
+        raise SiteError(
+            f"{type(edit).__name__} of site {edit.site!r} takes values of other texts at the same position, which "
+            "generated tokens have only in prompts of one length without stop tokens; give it pos=… to make it in the "
+            "prompt, or generate from prompts of one length at a time"
+        )
     return True
+
+
+def _same_length(mask: Any) -> bool:
+    """Whether all prompts are known to have the same number of tokens."""
+    if mask is None:
+        return True
+    return not isinstance(mask, jax.core.Tracer) and len(np.unique(np.asarray(mask).sum(1))) == 1
 
 
 def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p, key) -> None:
@@ -242,10 +269,12 @@ def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p
         raise InputError(
             f"{tokens.shape[1]} tokens and {n_new} new ones are more than the context of {config.name}, {config.n_ctx}"
         )
-    if temperature < 0 or (temperature and key is None):
+    if not temperature >= 0 or (temperature and key is None):
         raise InputError(f"temperature={temperature} draws tokens: pass key=jax.random.key(…), and a positive number")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise InputError(f"top_k is at least 1 and top_p in (0, 1]; got top_k={top_k}, top_p={top_p}")
+    if not temperature and not (top_k is None and top_p is None):
+        raise InputError("top_k and top_p choose among drawn tokens: pass a temperature, such as 1.0, and a key")
     if mask is None or isinstance(mask, jax.core.Tracer):
         return
     real = np.asarray(mask)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # from a layer's number and the state to the layout of that layer, and to the state after it
 Enter = Callable[[Int[Array, ""], Any], Layout]
-Leave = Callable[[Layout], Any]
+Leave = Callable[[Any], Any]
 
 
 def scan_layers(

@@ -28,7 +28,8 @@ from mi_jax.data.organism_data import (
 )
 from mi_jax.data.task import Task
 from mi_jax.models.config import DecoderConfig
-from mi_jax.models.decoder import Decoder, init_decoder
+from mi_jax.models.decoder import Decoder
+from mi_jax.models.parameters import init_decoder
 from mi_jax.models.training import train
 from mi_jax.run.stages import Progress
 from mi_jax.run.workdir import Workdir

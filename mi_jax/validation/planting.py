@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mi_jax.models.config import DecoderConfig
-from mi_jax.models.decoder import Decoder, init_decoder
+from mi_jax.models.decoder import Decoder
 from mi_jax.models.mlp import MLP
+from mi_jax.models.parameters import init_decoder
 
 DESIGN: dict[str, tuple[str, ...]] = {
     "induction": (
@@ -86,7 +87,7 @@ def planted_decoder(config: DecoderConfig, delay: int, trigger: tuple[int, int],
 
     tokens = jax.random.normal(k_embed, (config.d_vocab, parts.tokens.stop - 1))
     tokens = tokens / jnp.linalg.norm(tokens, axis=1, keepdims=True)
-    embed = jnp.zeros_like(model.embed).at[:, 0].set(1.0).at[:, parts.tokens].set(tokens)
+    embed = jnp.zeros((config.d_vocab, d)).at[:, 0].set(1.0).at[:, parts.tokens].set(tokens)
 
     q, k, v, o = attn.q, attn.k, attn.v, attn.o * _BYSTANDER_GAIN
     for layer, head, offset, gain in ((0, 0, 1, 1.0), (0, 1, 1, 1.0), (1, 1, delay - 1, 2.0)):

@@ -1,6 +1,7 @@
 """The decoder against its equations in numpy, padding, partial forwards, resuming, and its errors."""
 
 import dataclasses
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mi_jax as mi
+from mi_jax.models.config import check_choices
 from tests.models.numpy_decoder import numpy_sites
 from tests.models.tiny import CONFIGS, prompts, tiny
 
@@ -165,3 +167,13 @@ def test_a_prompt_longer_than_the_context_is_named():
 def test_a_configuration_that_cannot_be_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIGS["llama"], **change)
+
+
+def test_a_choice_that_does_not_exist_is_named_without_a_type_checker():
+    @dataclasses.dataclass
+    class Choice:
+        norm: Literal["rms", "layer"]
+
+    check_choices(Choice("rms"))
+    with pytest.raises(ValueError, match="norm is one of rms, layer; got 'peri'"):
+        check_choices(Choice("peri"))  # pyright: ignore[reportArgumentType]

@@ -9,8 +9,9 @@ import pytest
 
 import mi_jax as mi
 from mi_jax.core.errors import InputError
-from mi_jax.models.decoder import Decoder, abstract_decoder
+from mi_jax.models.decoder import Decoder
 from mi_jax.models.fold import center_unembed, center_writing, fold_norms
+from mi_jax.models.parameters import abstract_decoder
 from tests.models.tiny_families import FAMILIES, family, inputs, noisy
 
 TOLERANCE = 1e-10

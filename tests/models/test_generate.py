@@ -158,11 +158,14 @@ REFUSED = [
     ({"max_new_tokens": 13}, r"4 tokens and 13 new ones are more than the context of llama-like, 16"),
     ({"temperature": 1.0}, r"temperature=1.0 draws tokens: pass key"),
     ({"temperature": -1.0, "key": jax.random.key(0)}, r"temperature=-1.0 draws tokens.*a positive number"),
+    ({"temperature": float("nan"), "key": jax.random.key(0)}, r"temperature=nan draws tokens.*a positive number"),
     ({"top_k": 0}, r"top_k is at least 1"),
     ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
     ({"mask": ~MASK}, r"pad on the right"),
     ({"mask": jnp.array([[True, False, True, True]] * 3)}, r"pad on the right"),
     ({"tokens": jnp.zeros((3, 0), jnp.int32), "mask": None}, r"at least one token; got \(3, 0\)"),
+    ({"top_k": 2}, r"top_k and top_p choose among drawn tokens: pass a temperature"),
+    ({"top_p": 0.5, "key": jax.random.key(0)}, r"top_k and top_p choose among drawn tokens: pass a temperature"),
 ]
 
 
@@ -183,9 +186,28 @@ def test_models_and_edits_that_cannot_generate_are_named():
     for edit in (mi.noise("resid_mid", 0.1, key=key), mi.ablate("mlp_out", baseline="mean")):
         with pytest.raises(mi.SiteError, match="has no meaning at a single generated token"):
             generate(mi.intervene(family("llama"), edit), tokens, max_new_tokens=1)
+    _, acts = mi.jit(mi.capture(family("llama"), "resid_mid"))(tokens)
+    with pytest.raises(mi.SiteError, match=r"captured value for site 'resid_mid' is of a prompt.*give it pos="):
+        generate(mi.intervene(family("llama"), mi.patch("resid_mid", acts)), tokens, max_new_tokens=1)
+    # an edit at a position that is not there makes everything NaN once it is traced, of which the first token is chosen
+    with pytest.raises(mi.SiteError, match=r"has 4 places on 'pos'.*got pos=4"):
+        generate(mi.intervene(family("llama"), mi.add("resid_mid", 1.0, pos=4)), tokens, max_new_tokens=1)
     # in the prompt they have one
     at_start = mi.ablate("mlp_out", baseline="mean", pos=0)
     assert generate(mi.intervene(family("llama"), at_start), tokens, max_new_tokens=1).tokens.shape == (3, 1)
+
+
+def test_values_of_other_texts_need_texts_of_one_length():
+    """At a step, texts of several lengths are at several positions; a baseline takes values at the same one."""
+    model, tokens = family("llama"), prompts(6, 3, 4)
+    for baseline, options in (("mean_per_position", {}), ("resample", {"key": jax.random.key(0)})):
+        edited = mi.intervene(model, mi.ablate("mlp_out", baseline=baseline, layer=0, **options))
+        for change in ({"mask": MASK}, {"stop": 3}):
+            with pytest.raises(mi.SiteError, match=r"other texts at the same position.*prompts of one length"):
+                generate(edited, tokens, max_new_tokens=2, **change)
+        made = generate(mi.capture(edited, "logits"), tokens, max_new_tokens=N_NEW)
+        whole = mi.jit(edited)(jnp.concatenate([tokens, made.tokens], 1))
+        close(made.acts["logits"], whole[:, 3:-1], baseline)
 
 
 def test_half_precision_keeps_its_cache_in_half_precision():

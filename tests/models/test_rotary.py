@@ -148,6 +148,7 @@ def test_frequencies_have_full_precision_and_the_input_keeps_its_own():
         (("linear", 0.0), "must be positive, got 0.0"),
         (("yarn", 2.0), "yarn scaling needs the original context length"),
         (("llama3", 2.0), "llama3 scaling needs the original context length"),
+        (("llama3", 2.0, 8, 4.0, 4.0), "needs 0 < low_freq_factor < high_freq_factor; got 4.0 and 4.0"),
     ],
 )
 def test_scaling_that_cannot_be_is_named(fields, message):

@@ -6,7 +6,8 @@ import functools
 import jax
 
 from mi_jax.models.config import DecoderConfig, PatchConfig, RopeScaling
-from mi_jax.models.decoder import Decoder, init_decoder
+from mi_jax.models.decoder import Decoder
+from mi_jax.models.parameters import init_decoder
 from tests.models.tiny import prompts
 
 _BASE = DecoderConfig(

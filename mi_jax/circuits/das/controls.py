@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mi_jax.circuits.das.triples import generator
 from mi_jax.core.edits import Edit, transform
 from mi_jax.core.errors import InputError
-from mi_jax.models.decoder import Decoder, init_decoder
+from mi_jax.models.decoder import Decoder
+from mi_jax.models.parameters import init_decoder
 
 
 def arbitrary_labels(
@@ -48,7 +49,7 @@ def random_model(model: Any, *, key: PRNGKeyArray) -> Any:
     A decoder is initialised anew. Any other pytree keeps its numbers, each array's entries in random order.
     """
     if isinstance(model, Decoder):
-        return init_decoder(model.config, key=key, dtype=model.embed.dtype)
+        return init_decoder(model.config, key=key, dtype=model.blocks.attn.q.dtype)
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
     leaves, treedef = jax.tree.flatten(arrays)
     rng = generator(key)

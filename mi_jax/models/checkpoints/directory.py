@@ -13,9 +13,10 @@ from mi_jax.models.checkpoints.safetensors import SafetensorsFile, open_safetens
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
-_CONVERT = (
-    "python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{path}')"
-    ".save_pretrained('{path}-safetensors', safe_serialization=True)\""
+# by the class that the configuration names: the bare `AutoModel` would leave out the unembedding
+CONVERT = (
+    "python -c \"import transformers as t; p = '{path}'; name = t.AutoConfig.from_pretrained(p).architectures[0]; "
+    "getattr(t, name).from_pretrained(p).save_pretrained(p + '-safetensors', safe_serialization=True)\""
 )
 
 
@@ -62,7 +63,7 @@ def open_directory(path: str | os.PathLike) -> SafetensorsFile | Shards:
     if pickles := [name for name in others if name.endswith(_PICKLES)]:
         raise CheckpointError(
             f"{path}: its weights are {pickles[0]}, not safetensors, and reading such a file can run code that it "
-            f"holds. Convert it where you trust it: {_CONVERT.format(path=path.rstrip(os.sep))}"
+            f"holds. Convert it where you trust it: {CONVERT.format(path=path.rstrip(os.sep))}"
         )
     raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX}; it holds {', '.join(others[:8]) or 'nothing'}")
 

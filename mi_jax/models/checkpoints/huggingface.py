@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mi_jax.models.checkpoints import native
-from mi_jax.models.checkpoints.directory import open_directory, read_json
+from mi_jax.models.checkpoints.directory import CONVERT, open_directory, read_json
 from mi_jax.models.checkpoints.errors import CheckpointError
 from mi_jax.models.checkpoints.families import FAMILIES
 from mi_jax.models.checkpoints.gguf import load_gguf
@@ -51,11 +51,18 @@ def load(
     """
     path = os.fspath(path_or_hub_id)
     if path.endswith(".gguf"):
+        if revision is not None:
+            raise CheckpointError(f"{path}: is a file; revision={revision!r} is for ids of the hub")
         return load_gguf(path, mesh=mesh, dtype=jnp.float32 if dtype is None else dtype, allow_nan=allow_nan)
     directory = checkpoint_directory(path, revision=revision)
     where = os.path.join(directory, "config.json")
     hf = read_json(where)
     _check(hf, where)
+    if directory != path and not any(name.endswith(".safetensors") for name in os.listdir(directory)):
+        raise CheckpointError(
+            f"hub id {path!r}: the hub has no model.safetensors of it, nor shards with an index; other forms are not "
+            f"read. Convert it where you trust it: {CONVERT.format(path=path)}"
+        )
     source = open_directory(directory)
     try:
         if hf["model_type"] == native.MODEL_TYPE:

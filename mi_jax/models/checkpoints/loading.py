@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from mi_jax.core.errors import InputError
 from mi_jax.core.sharding import make_mesh
 from mi_jax.models.checkpoints.errors import CheckpointError
 from mi_jax.models.checkpoints.names import Stored, part_to_ours
@@ -51,9 +52,10 @@ def assemble(
 
     Raises:
       CheckpointError: tensors are missing, have no place, are of a wrong shape or type, or hold NaN or infinity.
+      InputError: a `dtype` that a decoder cannot have.
     """
     mesh = make_mesh() if mesh is None else mesh
-    asked, said = (None if each is None else np.dtype(each) for each in (dtype, declared))
+    asked, said = (None if each is None else _floating(each) for each in (dtype, declared))
     plan = make_plan(source, config, stored, mesh=mesh, dtype=asked, declared=said, ignored=ignored)
     leaves: list[Any] = [None] * len(plan.parameters)
     # whole tensors first: the largest of them, the embedding, is then read while the memory is still empty
@@ -75,6 +77,17 @@ def assemble(
                 # a read that runs ahead of the copies would hold more tensors than the one that is promised
                 jax.block_until_ready([leaves[number] for number in group])
     return jax.tree.unflatten(plan.structure, leaves)
+
+
+def _floating(dtype: Any) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    # a cast to integers would turn most weights into 0
+    if found is None or not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
+        raise InputError(f"dtype={dtype!r} cannot be of parameters; give jnp.float32, jnp.bfloat16 or jnp.float16")
+    return found
 
 
 def _read(source: Source, plan: Plan, group: Sequence[int], index: tuple[int, ...], allow_nan: bool) -> list[jax.Array]:

@@ -16,7 +16,7 @@ from mi_jax.models.checkpoints.errors import CheckpointError
 from mi_jax.models.checkpoints.names import Stored
 from mi_jax.models.checkpoints.plan import path_name
 from mi_jax.models.config import DecoderConfig
-from mi_jax.models.decoder import abstract_decoder
+from mi_jax.models.parameters import abstract_decoder
 
 MODEL_TYPE = "mi_jax"
 

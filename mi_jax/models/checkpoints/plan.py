@@ -15,7 +15,7 @@ from mi_jax.models.checkpoints.errors import CheckpointError
 from mi_jax.models.checkpoints.names import Stored, axis_sizes, ours_to_stored
 from mi_jax.models.checkpoints.source import Source
 from mi_jax.models.config import DecoderConfig
-from mi_jax.models.decoder import abstract_decoder, logical_axes
+from mi_jax.models.parameters import abstract_decoder, logical_axes
 
 _LISTED = 6
 

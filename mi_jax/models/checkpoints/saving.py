@@ -9,21 +9,23 @@ import jax
 import numpy as np
 
 from mi_jax.core.errors import InputError
+from mi_jax.core.transforms import SiteModel
 from mi_jax.models.checkpoints import native
 from mi_jax.models.checkpoints.families import family_of
 from mi_jax.models.checkpoints.names import Stored, axis_sizes, ours_to_stored
 from mi_jax.models.checkpoints.plan import entries_by_path, path_name, stored_shape
 from mi_jax.models.checkpoints.writer import Described, write_json, write_weights
-from mi_jax.models.decoder import Decoder, abstract_decoder
+from mi_jax.models.decoder import Decoder
+from mi_jax.models.parameters import abstract_decoder
 
 _CONFIG = "config.json"
 
 
-def save(model: Decoder, directory: str | os.PathLike, *, max_shard_bytes: float = 5e9) -> None:
+def save(model: SiteModel, directory: str | os.PathLike, *, max_shard_bytes: float = 5e9) -> None:
     """Writes config.json and the weights as safetensors, which `transformers` and `mi.load` read.
 
     The weights are written as they are, bit for bit, one tensor at a time. A directory appears whole: everything is
-    written beside it first and renamed then, config.json last. A decoder that is of no known family, such as one
+    written elsewhere first and renamed then, config.json last. A decoder that is of no known family, such as one
     without MLPs, is written with the model_type "mi_jax", its configuration and its parameters under their own names;
     `mi.load` reads it, `transformers` does not.
 
@@ -32,8 +34,8 @@ def save(model: Decoder, directory: str | os.PathLike, *, max_shard_bytes: float
       max_shard_bytes: of one file; above it there are several and an index.
 
     Raises:
-      InputError: the directory holds a checkpoint already, the parameters do not fit the configuration, or they are
-        spread over several processes.
+      InputError: not a decoder, a directory that holds a checkpoint already, or parameters that do not fit the
+        configuration or are spread over several processes.
     """
     directory = os.path.abspath(os.fspath(directory))
     if os.path.exists(directory) and not os.path.isdir(directory):
@@ -41,6 +43,11 @@ def save(model: Decoder, directory: str | os.PathLike, *, max_shard_bytes: float
     taken = [name for name in os.listdir(directory) if _of_checkpoint(name)] if os.path.isdir(directory) else []
     if taken:
         raise InputError(f"{directory} holds a checkpoint already ({min(taken)}); give another directory or delete it")
+    if not isinstance(model, Decoder):
+        raise InputError(
+            f"{type(model).__name__} is not a decoder; save the model itself, and what was made around it "
+            "(mi.intervene, mi.capture) apart"
+        )
     leaves = _leaves(model)
     family = family_of(model.config)
     stored = native.names(model.config) if family is None else family.names(model.config)
@@ -51,14 +58,16 @@ def save(model: Decoder, directory: str | os.PathLike, *, max_shard_bytes: float
         # the key of today, and the one that older versions of transformers read
         described |= dict.fromkeys(("dtype", "torch_dtype"), dtypes.pop().name)
     os.makedirs(os.path.dirname(directory), exist_ok=True)
-    unfinished = f"{directory}.{uuid.uuid4().hex}.tmp"
+    # inside a directory that is there: it may be a volume of its own, into which nothing can be renamed from outside
+    own = f".{uuid.uuid4().hex}.tmp"
+    unfinished = os.path.join(directory, own) if os.path.isdir(directory) else directory + own
     try:
         os.mkdir(unfinished)
         _write_weights(
             unfinished, leaves, entries_by_path(stored, list(leaves)), axis_sizes(model.config), max_shard_bytes
         )
         write_json(os.path.join(unfinished, _CONFIG), described)
-        if not os.path.isdir(directory):
+        if unfinished == directory + own:
             os.rename(unfinished, directory)
             return
         for name in sorted(os.listdir(unfinished), key=lambda name: (name == _CONFIG, name)):

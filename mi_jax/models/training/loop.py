@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mi_jax.core import sharding
 from mi_jax.core.errors import InputError
-from mi_jax.models.decoder import Decoder, logical_axes
+from mi_jax.models.decoder import Decoder
+from mi_jax.models.parameters import logical_axes
 from mi_jax.models.training.batches import Batches
 from mi_jax.models.training.state import (
     TrainState,

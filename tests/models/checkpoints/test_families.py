@@ -17,7 +17,7 @@ from mi_jax.models.checkpoints.errors import CheckpointError
 from mi_jax.models.checkpoints.families import FAMILIES, family_of
 from mi_jax.models.checkpoints.names import axis_sizes, ours_to_stored, stored_to_ours
 from mi_jax.models.config import DecoderConfig, RopeScaling
-from mi_jax.models.decoder import abstract_decoder
+from mi_jax.models.parameters import abstract_decoder
 from tests.models.tiny import CONFIGS
 
 GOLDEN = Path(__file__).parents[2] / "reference" / "families" / "golden"

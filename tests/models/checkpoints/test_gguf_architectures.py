@@ -15,7 +15,7 @@ from mi_jax.models.checkpoints.gguf import ARCHITECTURES
 from mi_jax.models.checkpoints.huggingface import load
 from mi_jax.models.checkpoints.saving import save
 from mi_jax.models.config import RopeScaling
-from mi_jax.models.decoder import abstract_decoder
+from mi_jax.models.parameters import abstract_decoder
 from mi_jax.models.rotary import rotations
 from tests.models.checkpoints.gguf_convert import F32, write_decoder
 from tests.models.gguf_files import Shape, metadata, tensors, write

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy as library
 
+import mi_jax as mi
 from mi_jax.core.errors import InputError
 from mi_jax.core.sharding import make_mesh, shard
 from mi_jax.models import Decoder, DecoderConfig, logical_axes
@@ -167,6 +168,8 @@ def test_what_cannot_be_saved_is_refused(checkpoint, tmp_path):
     assert _files(checkpoint) == before
     with pytest.raises(InputError, match=r"config.json is a file; give a directory"):
         save(tiny(), checkpoint / "config.json")
+    with pytest.raises(InputError, match="Intervened is not a decoder; save the model itself"):
+        save(mi.intervene(tiny(), mi.ablate("mlp_out", layer=0)), tmp_path / "wrong")
     wrong = dataclasses.replace(tiny(), embed=tiny().embed[:5])
     with pytest.raises(InputError, match=r"'embed' has shape \(5, 8\), the model's configuration says \(13, 8\)"):
         save(wrong, tmp_path / "wrong")
@@ -224,7 +227,8 @@ def test_what_is_not_a_checkpoint_is_refused(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="revision='main' is for ids of the hub"):
         load(checkpoint, revision="main")
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, not safetensors.*safe_serialization=True"):
+    message = r"pytorch_model\.bin, not safetensors.*architectures\[0\].*safe_serialization=True"
+    with pytest.raises(CheckpointError, match=message):
         load(checkpoint)
     (checkpoint / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no such file; a checkpoint directory has a config\.json"):
@@ -245,6 +249,8 @@ def test_a_gguf_file_is_loaded_by_its_name(tmp_path):
     path = write_tiny(tmp_path / "tiny.gguf")
     assert load(path).embed.dtype == jnp.float32
     assert load(path, dtype=jnp.bfloat16).embed.dtype == jnp.bfloat16
+    with pytest.raises(CheckpointError, match="is a file; revision='main' is for ids of the hub"):
+        load(path, revision="main")
 
 
 @pytest.fixture
@@ -274,6 +280,10 @@ def test_an_id_that_cannot_be_had_is_named(hub):
         load("owner/tiny", revision="v2")
     with pytest.raises(CheckpointError, match="hub id 'owner/a--b'"):
         load("owner/a--b")
+    (weights,) = hub.glob("models--owner--tiny/snapshots/*/model.safetensors")
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"hub id 'owner/tiny': the hub has no model.safetensors.*Convert it"):
+        load("owner/tiny")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mi_jax.core.errors import InputError
 from mi_jax.core.sharding import make_mesh
 from mi_jax.models import DecoderConfig, init_decoder
 from mi_jax.models.checkpoints import loading, native
@@ -239,6 +240,9 @@ def test_types_are_kept_cast_or_refused(key):
     np.testing.assert_array_equal(cast.embed, source.tensors["embed"].astype(np.float16))
     with pytest.raises(CheckpointError, match="is float16, the configuration says bfloat16; say dtype="):
         assemble(source, _WIDE, names, declared=jnp.bfloat16)
+    for wrong in (jnp.int8, jnp.float8_e4m3fn, "bf16"):
+        with pytest.raises(InputError, match="cannot be of parameters; give jnp.float32"):
+            assemble(source, _WIDE, names, dtype=wrong)
     assert assemble(source, _WIDE, names, declared=jnp.bfloat16, dtype=jnp.float32).embed.dtype == jnp.float32
     source.tensors["embed"] = source.tensors["embed"].astype(np.float64)
     with pytest.raises(CheckpointError, match="would be float64, which jax has only with jax_enable_x64"):
