@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, PyTree
 from mi_jax.core.edits import Edit
 from mi_jax.core.errors import InputError
 from mi_jax.core.index import Index
-from mi_jax.core.sites import LAYER, SiteError, SiteTable
+from mi_jax.core.sites import LAYER, AttentionRule, SiteError, SiteTable
 
 Scores = Float[Array, "*layer batch pos head"]
 _BLOCK_OUTPUTS = ("attn_out", "mlp_out")
+_PLAIN = AttentionRule()
 
 
 class _GradientGate(Edit):
@@ -36,14 +37,16 @@ def query_effects(
     key: Float[Array, "*layer batch pos kv_head d_head"],
     scores: Float[Array, "*layer batch head query key"],
     gradient: Float[Array, "*layer batch head query key"],
+    rule: AttentionRule = _PLAIN,
 ) -> Scores:
     """The QK fix of every query: `Σ_key (pattern' − pattern) · gradient`, where one query at a time is the source's.
 
     Args:
       key, scores: of the run that is patched; what its mask forbids is read from the scores.
       gradient: of the metric with respect to that run's pattern.
+      rule: how the model's queries and keys make scores.
     """
-    new = _scores(source_query, key, scores)
+    new = _scores(source_query, key, scores, rule)
     change = jax.nn.softmax(new, -1) - jax.nn.softmax(scores, -1)
     return jnp.moveaxis((change * gradient).sum(-1), -1, -2)
 
@@ -53,6 +56,7 @@ def key_effects(
     source_key: Float[Array, "*layer batch pos kv_head d_head"],
     scores: Float[Array, "*layer batch head query key"],
     gradient: Float[Array, "*layer batch head query key"],
+    rule: AttentionRule = _PLAIN,
 ) -> Float[Array, "*layer batch pos kv_head"]:
     """The QK fix of every key, where one key at a time is the source's, summed over the queries that read it.
 
@@ -60,7 +64,7 @@ def key_effects(
     effect is `(p' − p) · (gradient at the key − mean gradient over the others)`: quadratic in the prompt length for
     all keys together.
     """
-    new = _scores(query, source_key, scores)
+    new = _scores(query, source_key, scores, rule)
     others, mean_gradient = _without_each_key(scores, gradient)
     moved = jax.nn.sigmoid(new - others) - jax.nn.sigmoid(scores - others)
     by_head = (moved * (gradient - mean_gradient)).sum(-2)
@@ -69,10 +73,13 @@ def key_effects(
     return jnp.moveaxis(grouped.sum(-2), -1, -2)
 
 
-def _scores(query: Array, key: Array, masked_as: Array) -> Array:
+def _scores(query: Array, key: Array, masked_as: Array, rule: AttentionRule) -> Array:
     """Scores of other queries or keys, with the masked ones as they were."""
     key = jnp.repeat(key, query.shape[-2] // key.shape[-2], axis=-2)
-    new = jnp.einsum("...qhd,...phd->...hqp", query, key) * query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if rule.scale is None else rule.scale
+    new = jnp.einsum("...qhd,...phd->...hqp", query, key) * scale
+    if rule.softcap:
+        new = rule.softcap * jnp.tanh(new / rule.softcap)
     forbidden = max(float(jnp.finfo(masked_as.dtype).min) / 2, -1e8)
     return jnp.where(masked_as < forbidden, masked_as, new.astype(masked_as.dtype))
 

@@ -126,7 +126,7 @@ class Attribution(eqx.Module):
                 if name not in self._fixed():
                     scores[name] = self._dot(name, to[name] - at[name], gradients[name])
                     continue
-                pattern = (at["attn.scores"], gradients["attn.pattern"])
+                pattern = (at["attn.scores"], gradients["attn.pattern"], self.model.site_table.attention)
                 if name == "attn.q":
                     fixed = query_effects(to[name], at["attn.k"], *pattern)
                 else:

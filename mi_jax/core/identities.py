@@ -102,8 +102,8 @@ def _scores(acts: Acts, mask: np.ndarray, rule: AttentionRule) -> tuple[np.ndarr
     windows = np.array(rule.windows or (0,) * len(scores))[:, None, None]
     seen = seen[None] & ((windows == 0) | (back[None] < windows))
     allowed = seen[:, None, None] & mask[None, :, None, None, :]
-    # a score that is not allowed may be any hugely negative number: both sides then count as 0
-    found = np.where(acts["attn.scores"] < -1e9, 0.0, acts["attn.scores"])
+    # a score that is not allowed may be any hugely negative number, in float16 -65504: both sides then count as 0
+    found = np.where(~allowed & (acts["attn.scores"] < -1e4), 0.0, acts["attn.scores"])
     return found, np.where(allowed, scores, 0.0)
 
 

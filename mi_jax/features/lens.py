@@ -138,7 +138,10 @@ def logit_lens(
       `reading = mi.jit(logit_lens(model))(tokens, mask)`; `reading.mean_kl()` falls to 0 at the last layer.
     """
     if head is None:
-        unwrap(model)
+        config = unwrap(model)[0].config
+        if config.head == "none" or config.patches is not None:
+            kind = "is an encoder without logits" if config.head == "none" else "takes images, not tokens"
+            raise SiteError(f"{config.name} {kind}: a lens has nothing to read the stream as; pass head=… if it has")
     found = stream_site(model, site)
     chosen = None if layers is None else tuple(int(layer) for layer in layers)
     model.site_table.normalise((at(found, chosen),))

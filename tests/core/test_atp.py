@@ -116,3 +116,16 @@ def test_scores_of_magnitude_are_checked_as_such():
 def test_one_layer_has_none_to_drop():
     with pytest.raises(InputError, match=r"drops one layer at a time; toy has 1: use 'atp\+qk'"):
         attribute(last_layer_model(1.0), metric, "attn.q", method="atp*")(prompts(3), prompts(4))
+
+
+def test_the_fix_follows_how_the_model_makes_scores():
+    """Another scale, a soft cap and a window: still exact where the rest is linear."""
+    model = last_layer_model(3.0)
+    config = dataclasses.replace(model.config, attn_scale=0.9, score_softcap=1.5, windows=(3,))
+    model, sites = dataclasses.replace(model, config=config), ("attn.q", "attn.k")
+    fixed, exact = (
+        mi.jit(attribute(model, metric, sites, method=m))(prompts(3), prompts(4)) for m in ("atp+qk", "exact")
+    )
+    for site in sites:
+        np.testing.assert_allclose(fixed[site], exact[site], atol=2e-5)
+        assert np.abs(exact[site]).max() > 0.01

@@ -241,7 +241,7 @@ def test_types_are_kept_cast_or_refused(key):
     with pytest.raises(CheckpointError, match="is float16, the configuration says bfloat16; say dtype="):
         assemble(source, _WIDE, names, declared=jnp.bfloat16)
     for wrong in (jnp.int8, jnp.float8_e4m3fn, "bf16"):
-        with pytest.raises(InputError, match="cannot be of parameters; give jnp.float32"):
+        with pytest.raises(InputError, match=r"cannot be of parameters; give jnp\.float32"):
             assemble(source, _WIDE, names, dtype=wrong)
     assert assemble(source, _WIDE, names, declared=jnp.bfloat16, dtype=jnp.float32).embed.dtype == jnp.float32
     source.tensors["embed"] = source.tensors["embed"].astype(np.float64)
