@@ -8,9 +8,9 @@ the same time, on the same weights and prompts; the largest difference between t
 `transformer_lens` is its newest release, `hooked_transformer` the last one that has `HookedTransformer`. The first run
 installs both (a few minutes, kept in the user's cache folder); `--config.peers=false` leaves them out. On 2 CPU cores
 the rest takes about 15 minutes with the peers and 2 without. On two cores of an AMD server CPU, TransformerLens 4.3.0
-takes 12 times as long for the residual stream (40.6 s beside 3.4 s) and 7 times for the heads (30.7 s beside 4.3 s).
-About a factor of 5 is the fewer operations of the resumed sweep; the rest is the rate at which they run, which
-differs between CPUs.
+takes 14 times as long for the residual stream (41.3 s beside 3.0 s), 8 times for the heads (30.8 s beside 3.8 s), and
+11 times for both. About a factor of 5 is the fewer operations of the resumed sweep; the rest is the rate at which they
+run, which differs between CPUs.
 
 Nothing else may run meanwhile: `run.other_load` is the largest share of the processors that other programs took from a
 measurement, and the figures count only where it is small and `limit.holds` is true. A ratio far above the ratio of the
