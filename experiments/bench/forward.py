@@ -16,8 +16,8 @@ resident memory grew at its largest, over the bytes of the weights in float32. T
 backend takes when it starts, are not in it.
 
 The first run installs torch and transformers (a few minutes, kept in the user's cache folder); `--config.peers=false`
-leaves them out. On 2 CPU cores the rest takes about 3 minutes. On two cores of an AMD server CPU, `transformers` took
-2.2 times as long for a forward and 1.6 to 2.6 times for decoding. Nothing else may run meanwhile: the figures count only
+leaves them out. On 2 CPU cores the rest takes about 3 minutes. On an AMD server CPU, `transformers` took 2.2 times as
+long for a forward and 1.6 to 2.6 times for decoding. Nothing else may run meanwhile: the figures count only
 where `run.other_load` is small and `limit.holds` is true.
 """
 
