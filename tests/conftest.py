@@ -45,3 +45,10 @@ def key() -> jax.Array:
 def mesh() -> jax.sharding.Mesh:
     """The 8 virtual devices as data=2, fsdp=2, model=2."""
     return jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Drops the compiled programs of a file after it: thousands of them at once are more than a process can map."""
+    yield
+    jax.clear_caches()
