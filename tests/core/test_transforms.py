@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mi_jax as mi
-import mi_jax.models.decoder
+import mi_jax.models.scan
 from tests.models.tiny import prompts, tiny
 
 TOLERANCE = 1e-5
@@ -46,13 +46,13 @@ def test_jit_equals_no_jit():
 def traces(monkeypatch):
     """How often the model has been traced: calls of the layer's function."""
     calls = []
-    layer = mi_jax.models.decoder.block
+    layer = mi_jax.models.scan.block
 
     def counted(*args):
         calls.append(None)
         return layer(*args)
 
-    monkeypatch.setattr(mi_jax.models.decoder, "block", counted)
+    monkeypatch.setattr(mi_jax.models.scan, "block", counted)
     return calls
 
 
