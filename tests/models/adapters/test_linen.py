@@ -70,8 +70,8 @@ def test_our_names_on_a_transformer_hold_what_they_say():
     checked = mi.check_sites(model, TOKENS, deterministic=True)
     assert checked[:3] == [
         "resid_pre[l+1] == resid_post[l]",
-        "logits == output",
         "resid_post == resid_pre + attn_out + mlp_out",
+        "logits == output",
     ]
     np.testing.assert_array_equal(model(TOKENS), net.apply(variables, TOKENS))
 

@@ -65,8 +65,8 @@ def test_our_names_on_a_transformer_hold_what_they_say():
     assert checked[:4] == [
         "resid_pre[0] == embed",
         "resid_pre[l+1] == resid_post[l]",
-        "logits == output",
         "resid_post == resid_pre + attn_out + mlp_out",
+        "logits == output",
     ]
     np.testing.assert_array_equal(model(TOKENS), net(TOKENS))
     assert "blocks/mlp/layers/0" in model.site_table.names
