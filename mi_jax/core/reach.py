@@ -1,6 +1,6 @@
 """Whether anything that a node does can get to another, by the order in which a model computes its sites."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ from mi_jax.core.nodes import Node
 from mi_jax.core.sites import LAYER, SiteError, SiteTable
 
 # What each site of a layer is computed from, in the order of computation; "stream" is what enters the layer. A site
-# that a model lacks still passes on what it reads, so no path of a parallel block, say, is ruled out by mistake.
+# that a model lacks still passes on what it reads. `_reads` has what differs between models.
 _READS = {
     "resid_pre": ("stream",),
     "attn.q_in": ("resid_pre",),
@@ -28,11 +28,16 @@ _READS = {
     "attn.head_out": ("attn.z",),
     "attn_out": ("attn.head_out",),
     "resid_mid": ("resid_pre", "attn_out"),
-    "mlp.in": ("resid_mid",),
+    "resid_mid_normalized": ("resid_mid",),
+    "mlp.in": ("resid_mid_normalized",),
+    "mlp.router": ("mlp.in",),
+    "mlp.gates": ("mlp.router",),
     "mlp.pre": ("mlp.in",),
     "mlp.post": ("mlp.pre", "mlp.in"),
-    "mlp_out": ("mlp.post",),
-    "resid_post": ("resid_mid", "mlp_out"),
+    "mlp.expert_out": ("mlp.post",),
+    "mlp_out": ("mlp.expert_out",),
+    "resid_post": ("resid_mid_normalized", "mlp_out"),
+    "resid_post_normalized": ("resid_post",),
 }
 _OUTSIDE = ("embed", "final_norm", "logits")
 
@@ -43,14 +48,21 @@ def check_path(
     """Raises SiteError where nothing that the sender does can get to a receiver."""
     if any(place.site not in (*_READS, *_OUTSIDE) for place in (sender, *receivers)):
         return
-    reached, stopped = _follow(table, sender, receivers, held, through)
+    reads = _reads(table)
+    reached, stopped = _follow(table, reads, sender, receivers, held, through)
     if reached:
         return
     ends = " or ".join(dict.fromkeys(map(_described, receivers)))
-    if _follow(table, sender, receivers, (), ())[0]:
+    if _follow(table, reads, sender, receivers, (), ())[0]:
         raise SiteError(
             f"every path from {_described(sender)} to {ends} passes {', '.join(stopped)}, which is held at its base "
             "value, so the effect would be 0: name the component of the sender in through=…, or send from its output"
+        )
+    if _parallel(table) and _follow(table, _READS, sender, receivers, (), ())[0]:
+        raise SiteError(
+            f"no path leads from {_described(sender)} to {ends}: the blocks of {table.model} are parallel, so the MLP "
+            "of a layer reads the stream before the heads of that layer write to it, and the effect would be 0: "
+            "receive at a later layer, or send from an earlier one"
         )
     raise SiteError(
         f"no path leads from {_described(sender)} to {ends}, which is computed before it or beside it, so the effect "
@@ -58,8 +70,29 @@ def check_path(
     )
 
 
+def _parallel(table: SiteTable) -> bool:
+    """Whether attention and MLP read the same stream; `mlp.in` then equals `resid_pre`, and there is no `resid_mid`."""
+    return {"resid_pre", "attn_out", "mlp.in"} <= set(table.names) and "resid_mid" not in table.names
+
+
+def _reads(table: SiteTable) -> dict[str, tuple[str, ...]]:
+    """What each site of a layer of this model is computed from."""
+    reads = dict(_READS)
+    if _parallel(table):
+        reads |= {"mlp.in": ("resid_pre",)}
+    if "mlp.gates" in table.names:
+        # only of a mixture: elsewhere this would lead around the hidden layer of the MLP
+        reads |= {"mlp_out": ("mlp.expert_out", "mlp.gates")}
+    return reads
+
+
 def _follow(
-    table: SiteTable, sender: Node, receivers: Sequence[Node], held: Sequence[str], through: Sequence[Node]
+    table: SiteTable,
+    reads_of: Mapping[str, tuple[str, ...]],
+    sender: Node,
+    receivers: Sequence[Node],
+    held: Sequence[str],
+    through: Sequence[Node],
 ) -> tuple[bool, tuple[str, ...]]:
     """Whether the sender reaches a receiver, and the held sites that stop it."""
     sizes, stopped = dict(table.sizes), {}
@@ -85,9 +118,9 @@ def _follow(
     stream = at("embed", 0, [np.zeros(1, bool)])
     for layer in range(n_layers):
         found = {"stream": stream}
-        for name, reads in _READS.items():
+        for name, reads in reads_of.items():
             found[name] = at(name, layer, [found[read] for read in reads])
-        stream = found["resid_post"]
+        stream = found["resid_post_normalized"]
     at("logits", 0, [at("final_norm", 0, [stream])])
     return reached, tuple(stopped)
 

@@ -1,6 +1,7 @@
 """The shape of a decoder: a model family is a choice of these fields."""
 
 import dataclasses
+import math
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -137,6 +138,8 @@ class DecoderConfig:
 
     def __post_init__(self):
         check_choices(self)
+        for field, kind in (("windows", int), ("rope_layers", bool)):
+            object.__setattr__(self, field, _per_layer(field, getattr(self, field), kind, self.n_layers))
         for field in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_vocab", "n_ctx"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
@@ -148,13 +151,13 @@ class DecoderConfig:
             raise ValueError(f"rotary positions need an even d_head, got {self.d_head}")
         if self.rope_dim is not None and (self.rope_dim % 2 or not 0 < self.rope_dim <= self.d_head):
             raise ValueError(f"rope_dim is even and at most d_head={self.d_head}, got {self.rope_dim}")
-        for field in ("windows", "rope_layers"):
-            if getattr(self, field) and len(getattr(self, field)) != self.n_layers:
-                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {self.n_layers} layers")
         if any(window < 0 for window in self.windows):
             raise ValueError(f"a window is a number of positions, or 0 for none; got {min(self.windows)}")
         if self.windows and not self.causal:
             raise ValueError("windows look back from a position: they need causal=True")
+        for field in ("score_softcap", "logit_softcap"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} is a positive number, or 0 for none; got {getattr(self, field)}")
         if self.parallel and (self.norms not in ("pre", "sandwich") or not self.d_mlp):
             raise ValueError(f"a parallel block has an MLP and norms before its two halves, not norms={self.norms!r}")
         if self.shared_norm and not self.parallel:
@@ -178,6 +181,19 @@ class DecoderConfig:
     @property
     def score_scale(self) -> float:
         return self.d_head**-0.5 if self.attn_scale is None else self.attn_scale
+
+
+def _per_layer(field: str, values: object, kind: type, n_layers: int) -> tuple:
+    """A field with an entry for every layer, or none, as a tuple: a configuration is hashed where a model is compiled.
+
+    Raises:
+      ValueError: neither a tuple nor a list, entries of another kind, or of another number.
+    """
+    if not isinstance(values, tuple | list) or not all(type(value) is kind for value in values):
+        raise ValueError(f"{field} is a tuple with one {kind.__name__} for every layer, or empty; got {values!r}")
+    if values and len(values) != n_layers:
+        raise ValueError(f"{field} has {len(values)} entries for {n_layers} layers")
+    return tuple(values)
 
 
 def check_choices(config: object) -> None:

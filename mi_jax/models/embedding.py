@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING
 
 import equinox as eqx
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mi_jax.core.errors import InputError
-from mi_jax.models.config import PatchConfig
+from mi_jax.models.config import DecoderConfig, PatchConfig
 
 if TYPE_CHECKING:
     from mi_jax.models.decoder import Decoder
@@ -26,15 +29,45 @@ def embed_tokens(
 ) -> Float[Array, "batch pos d_model"]:
     """Token embeddings, with those of the positions and the token types where the model has them."""
     assert model.embed is not None
-    # a token that is not in the vocabulary has no embedding, rather than that of the last one
-    x = model.embed.at[tokens].get(mode="fill", fill_value=jnp.nan)
+    check_tokens(model.config, tokens)
+    x = _rows(model.embed, tokens)
     if model.config.embed_scale != 1.0:
         # the factor in the dtype of the stream: the models were trained with it rounded so
         x = x * jnp.asarray(model.config.embed_scale, x.dtype)
     if model.type_embed is not None:
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = x + model.type_embed.at[types].get(mode="fill", fill_value=jnp.nan)
+        _check_ids(types, model.config.n_token_types, model.config.name, "token types")
+        x = x + _rows(model.type_embed, types)
     return x
+
+
+def check_tokens(config: DecoderConfig, tokens: Int[Array, "batch pos"]) -> None:
+    """Raises InputError for tokens outside of the vocabulary, where their values are known."""
+    hint = ": use the model's own tokenizer, and fill padding with any token that it has, such as 0"
+    _check_ids(tokens, config.d_vocab, config.name, "tokens", hint)
+
+
+def known_values(x: Array) -> np.ndarray | None:
+    """An array's values on the host; None while it is traced, or where a part of it is on another host."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return None
+    return np.asarray(jax.device_get(x))
+
+
+def _rows(table: Float[Array, "row d_model"], ids: Int[Array, "batch pos"]) -> Float[Array, "batch pos d_model"]:
+    """NaN for an id that the table lacks, rather than another one's row; negative ones would count from the end."""
+    return table.at[jnp.where(ids < 0, table.shape[0], ids)].get(mode="fill", fill_value=jnp.nan)
+
+
+def _check_ids(ids: Int[Array, "batch pos"], n: int, model: str, what: str, hint: str = "") -> None:
+    known = known_values(ids)
+    if known is not None and known.size and not 0 <= known.min() <= known.max() < n:
+        (row, pos), *_ = np.argwhere((known < 0) | (known >= n)).tolist()
+        raise InputError(
+            f"{model} has {n} {what} (0–{n - 1}); got {known[row, pos]} in row {row}, position {pos}{hint}"
+        )
 
 
 def embed_patches(

@@ -1,6 +1,7 @@
 """Generation: the prompts once, then token by token with the keys and values kept, in one program."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -18,6 +19,7 @@ from mi_jax.core.taps import Slots, Tap
 from mi_jax.core.transforms import Captured, Intervened, SiteModel, jit
 from mi_jax.models.cache import FillLayout, Kept, StepLayout, empty
 from mi_jax.models.decoder import Decoder
+from mi_jax.models.embedding import check_tokens, known_values
 from mi_jax.models.sampling import choose
 from mi_jax.models.scan import scan_layers
 
@@ -30,11 +32,14 @@ class Generated(eqx.Module):
       mask: True up to the stop token, itself included.
       acts: the captured sites, with one position per token: that at which the model chose it. So the first is the
         prompt's last position. Where a site has an axis `key`, that one counts positions of the whole text.
+      nan_step: the first token of each text that was chosen from NaN logits, −1 for none. There are others only where
+        `generate` is itself traced, as under `jax.vmap`: elsewhere they are an error.
     """
 
     tokens: Int[Array, "batch new"]
     mask: Bool[Array, "batch new"]
     acts: dict[str, Array]
+    nan_step: Int[Array, " batch"]
 
 
 def generate(
@@ -62,8 +67,8 @@ def generate(
       stop: tokens that end a text.
 
     Raises:
-      InputError: no decoder, prompts that are empty or not padded on the right, a text longer than the context, or
-        sampling without a key.
+      InputError: no decoder, prompts that are empty, not padded on the right or not of the vocabulary, a text longer
+        than the context, sampling without a key, or logits that became NaN, which is looked at once all is written.
       SiteError: an edit of a position that the prompts lack, or one of the generated tokens that has no meaning there:
         whose value depends on other positions, or on other texts where their positions can differ.
 
@@ -84,7 +89,9 @@ def generate(
     }
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
     run = _Generation(decoder, taps, step_taps, sampling, wanted, max_new_tokens, stops)
-    return jit(run)(tokens, mask, key=key if temperature else None)
+    made = jit(run)(tokens, mask, key=key if temperature else None)
+    _check_finite(decoder, made)
+    return made
 
 
 class _Generation(eqx.Module):
@@ -103,58 +110,53 @@ class _Generation(eqx.Module):
         length = mask.sum(1, dtype=jnp.int32)
         logits, kept, acts = self._prompt(tokens, mask, length, n_pos + self.n_new)
 
-        def chosen(number, logits, done, last):
+        def chosen(number, logits, done, last, nan_step):
             token = choose(logits, key=None if key is None else jax.random.fold_in(key, number), **self.sampling)
             token = jnp.where(done, last, token)
-            return token, done | jnp.isin(token, jnp.asarray(self.stops, jnp.int32))
+            is_nan = jnp.isnan(logits).any(-1) & ~done & (nan_step < 0)
+            done = done | jnp.isin(token, jnp.asarray(self.stops, jnp.int32))
+            return token, done, jnp.where(is_nan, number, nan_step)
 
         def body(state):
-            number, token, done, kept, tokens, real, acts = state
+            number, token, done, nan_step, kept, tokens, real, acts = state
             real = real.at[:, number].set(~done)
             logits, kept, new = self._step(token, length + number - 1, kept)
-            token, done = chosen(number, logits, done, token)
+            token, done, nan_step = chosen(number, logits, done, token, nan_step)
             return (
                 number + 1,
                 token,
                 done,
+                nan_step,
                 kept,
                 tokens.at[:, number].set(token),
                 real,
                 jax.tree.map(lambda rows, row: rows.at[number].set(row), acts, new),
             )
 
-        token, done = chosen(jnp.zeros((), jnp.int32), logits, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
+        zeros = jnp.zeros(batch, jnp.int32)
+        token, done, nan_step = chosen(jnp.zeros((), jnp.int32), logits, jnp.zeros(batch, bool), zeros, zeros - 1)
         buffers = jax.tree.map(lambda x: jnp.zeros((self.n_new, *x.shape), x.dtype).at[0].set(x), acts)
         written = jnp.broadcast_to(token[:, None], (batch, self.n_new))
         real = jnp.zeros((batch, self.n_new), bool).at[:, 0].set(True)
-        state = (jnp.ones((), jnp.int32), token, done, kept, written, real, buffers)
+        state = (jnp.ones((), jnp.int32), token, done, nan_step, kept, written, real, buffers)
         if self.stops:
             state = jax.lax.while_loop(lambda s: (s[0] < self.n_new) & ~s[2].all(), body, state)
-            # where all texts have ended early
-            ended = jnp.arange(self.n_new)[None, :] >= state[0]
-            state = (*state[:4], jnp.where(ended, state[1][:, None], state[4]), *state[5:])
         else:
             state = jax.lax.fori_loop(1, self.n_new, lambda _, s: body(s), state)
-        acts = {name: jnp.moveaxis(x, 0, self._pos_axis(name)) for name, x in state[6].items()}
-        return Generated(state[4], state[5], acts)
+        number, token, _, nan_step, _, written, real, buffers = state
+        # where all texts have ended early
+        ended = jnp.arange(self.n_new, dtype=jnp.int32)[None, :] >= number
+        written = jnp.where(ended, token[:, None], written)
+        acts = {name: jnp.moveaxis(x, 0, self._pos_axis(name)) for name, x in buffers.items()}
+        return Generated(written, real, acts, nan_step)
 
     def _prompt(self, tokens: Array, mask: Array, length: Array, n_max: int) -> tuple[Array, Kept, dict[str, Array]]:
         """Logits after every prompt, keys and values, and what was captured at the last position."""
-        model, table = self.model, self.model.site_table
-        slots = Slots(self.wanted, table)
-        x, mask = model.embedded(tokens, mask)
-        outer = Tap(table, self.prompt_taps, slots.single, {}, None, mask)
-        x = outer("embed", x)
-        x, acts, kept = scan_layers(
-            model,
-            x,
-            mask,
-            self.prompt_taps,
-            slots,
-            model.config.n_layers,
+        model = self.model
+        layers, outer, dtype = self._opened(self.prompt_taps, tokens, mask)
+        x, acts, kept = layers(
             enter=lambda number, kept: FillLayout(mask, dict(kept), number),
-            leave=lambda layout: layout.kept,
-            state=empty(model.config, tokens.shape[0], n_max, x.dtype),
+            state=empty(model.config, tokens.shape[0], n_max, dtype),
         )
         last = length - 1
         if outer.touches("final_norm") or outer.touches("logits"):
@@ -166,25 +168,25 @@ class _Generation(eqx.Module):
 
     def _step(self, token: Array, position: Array, kept: Kept) -> tuple[Array, Kept, dict[str, Array]]:
         """Logits after one more token, the keys and values with it, and what was captured."""
-        model, table = self.model, self.model.site_table
-        slots = Slots(self.wanted, table)
-        x, mask = model.embedded(token[:, None], positions=position[:, None])
-        outer = Tap(table, self.step_taps, slots.single, {}, None, mask)
-        x = outer("embed", x)
-        x, acts, kept = scan_layers(
-            model,
-            x,
-            mask,
-            self.step_taps,
-            slots,
-            model.config.n_layers,
-            enter=lambda number, kept: StepLayout(dict(kept), number, position),
-            leave=lambda layout: layout.kept,
-            state=kept,
-        )
-        logits = model.head(x, outer)
+        layers, outer, _ = self._opened(self.step_taps, token[:, None], positions=position[:, None])
+        x, acts, kept = layers(enter=lambda number, kept: StepLayout(dict(kept), number, position), state=kept)
+        logits = self.model.head(x, outer)
         seen = acts | outer.seen
         return logits[:, 0], kept, {name: x.squeeze(self._pos_axis(name)) for name, x in seen.items()}
+
+    def _opened(
+        self, taps: Taps, tokens: Array, mask: Array | None = None, positions: Array | None = None
+    ) -> tuple[Callable[..., Any], Tap, Any]:
+        """The layers as a function of how they see the tokens, the tap outside of them, and the stream's dtype."""
+        model, table = self.model, self.model.site_table
+        slots = Slots(self.wanted, table)
+        x, mask = model.embedded(tokens, mask, positions=positions)
+        outer = Tap(table, taps, slots.single, {}, None, mask)
+        x = outer("embed", x)
+        layers = functools.partial(
+            scan_layers, model, x, mask, taps, slots, model.config.n_layers, leave=lambda layout: layout.kept
+        )
+        return layers, outer, x.dtype
 
     def _axes(self, name: str) -> tuple[str, ...]:
         """Of the captured array: the layer axis is dropped where one layer was asked for."""
@@ -259,6 +261,18 @@ def _same_length(mask: Any) -> bool:
     return not isinstance(mask, jax.core.Tracer) and len(np.unique(np.asarray(mask).sum(1))) == 1
 
 
+def _check_finite(decoder: Decoder, made: Generated) -> None:
+    """Raises InputError where a text was written from NaN logits, unless the result is traced."""
+    steps = known_values(made.nan_step)
+    if steps is not None and (steps >= 0).any():
+        row = int(np.where(steps < 0, made.tokens.shape[1], steps).argmin())
+        when = f"from generated token {steps[row]} on" if steps[row] else "after the prompt already"
+        raise InputError(
+            f"the logits of {decoder.config.name} are NaN in {(steps >= 0).sum()} of {len(steps)} texts, first in text "
+            f"{row} {when}: check the weights and the edits, or compute in float32"
+        )
+
+
 def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p, key) -> None:
     config = decoder.config
     if n_new < 1:
@@ -269,6 +283,7 @@ def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p
         raise InputError(
             f"{tokens.shape[1]} tokens and {n_new} new ones are more than the context of {config.name}, {config.n_ctx}"
         )
+    check_tokens(config, tokens)
     if not temperature >= 0 or (temperature and key is None):
         raise InputError(f"temperature={temperature} draws tokens: pass key=jax.random.key(…), and a positive number")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):

@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -25,6 +24,7 @@ from etils import epath
 
 from mi_jax.run import files
 from mi_jax.run.config import config_to_json, differing_fields
+from mi_jax.run.dtypes import SAFETENSORS_DTYPES
 from mi_jax.run.files import WorkdirError
 
 Scalar = bool | int | float | str
@@ -32,23 +32,6 @@ Scalar = bool | int | float | str
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _RESULT_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 _WRITTEN_HERE = ("results.json", "metrics.jsonl", "stages", "checkpoints")
-# safetensors writes all of these from numpy arrays, but its own reader for numpy lacks bfloat16.
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-    "C64": np.complex64,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +168,7 @@ class Workdir:
             if not hasattr(array, "shape") or not hasattr(array, "dtype"):
                 raise ValueError(f"checkpoint {name!r}: {key!r} is a {type(array).__name__}, not an array")
             tensors[key] = np.asarray(array, order="C")
-            if tensors[key].dtype not in _DTYPES.values():
+            if tensors[key].dtype not in SAFETENSORS_DTYPES.values():
                 raise ValueError(f"checkpoint {name!r}: {key!r} has dtype {tensors[key].dtype}, which has no file form")
         files.write_bytes(self._checkpoint(name), safetensors.numpy.save(tensors))
 
@@ -223,7 +206,8 @@ class Workdir:
 
 
 def _array(entry: Mapping[str, Any]) -> np.ndarray:
-    return np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    # not through `safetensors.numpy.load`, which lacks bfloat16 and the eight-bit floats
+    return np.frombuffer(entry["data"], SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _check_same_run(root: epath.Path, held: Any, experiment: str, asked: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The parts of distributed alignment search against their definitions: rotations, gates, triples, controls."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -10,11 +12,14 @@ from hypothesis import strategies as st
 
 import mi_jax as mi
 from mi_jax.circuits.das import Boundary, Triples, orthonormal, principal_angles
+from mi_jax.circuits.das.cells import readable
 from mi_jax.circuits.das.controls import EqualNorm, arbitrary_labels, random_bases, random_model
+from mi_jax.circuits.das.program import output_logits
 from mi_jax.circuits.das.result import interval
 from mi_jax.circuits.das.subspace import kept_columns, root_gates
 from mi_jax.core.errors import InputError
 from tests.models.tiny import tiny
+from tests.models.tiny_families import FAMILIES, family, inputs
 
 TOLERANCE = 1e-5
 
@@ -162,3 +167,32 @@ def test_the_interval_is_that_of_a_binomial_proportion():
     error = 1.96 * np.sqrt(p * (1 - p) / 400)
     np.testing.assert_allclose(found.ci_low, p - error, atol=0.012)
     np.testing.assert_allclose(found.ci_high, p + error, atol=0.012)
+
+
+def test_a_model_without_logits_or_without_an_obvious_place_to_read_is_named():
+    encoder, label = family("bert"), jnp.zeros(2, jnp.int32)
+    base = jnp.zeros((2, 4), jnp.int32)
+    with pytest.raises(InputError, match="bert-like is an encoder without an unembedding"):
+        readable(encoder, [Triples(base, base, label)])
+    edited = mi.intervene(encoder, mi.ablate("attn_out", layer=0))
+    with pytest.raises(InputError, match="bert-like is an encoder without an unembedding"):
+        readable(edited, [Triples(base, base, label)])
+    config = dataclasses.replace(FAMILIES["gpt2"], name="masked", causal=False)
+    masked = dataclasses.replace(family("gpt2"), config=config)
+    with pytest.raises(InputError, match=r"masked has no causal mask, .* position=…"):
+        readable(masked, [Triples(base, base, label)])
+    images = inputs("vit", 0)
+    with pytest.raises(InputError, match=r"vit-like reads images .* the class token"):
+        readable(family("vit"), [Triples(images, images, label)])
+    # where the place is given, all is well
+    for model, x in ((masked, base), (family("vit"), images)):
+        (part,) = readable(model, [Triples(x, x, label, position=jnp.array([0, 3], jnp.int32))])
+        np.testing.assert_array_equal(part.position, [0, 3])
+    (causal,) = readable(tiny(), [Triples(base, base, label)])
+    np.testing.assert_array_equal(causal.position, [3, 3])
+
+
+def test_the_answer_of_an_image_is_read_at_the_class_token():
+    model, images = family("vit"), inputs("vit", 0)
+    part = Triples(images, images, jnp.zeros(2, jnp.int32), position=jnp.zeros(2, jnp.int32))
+    np.testing.assert_allclose(output_logits(model, part), mi.jit(model)(images)[:, 0], atol=TOLERANCE)

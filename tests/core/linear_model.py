@@ -15,7 +15,7 @@ from mi_jax.core.taps import Tap, stacked_rows
 
 N_LAYERS, N_POS, D, D_OUT = 3, 4, 5, 2
 _STREAM = ("layer", "batch", "pos", "d_model")
-_LAYERED = ("resid_pre", "attn.in", "attn_out", "mlp.in", "mlp_out", "resid_post")
+_LAYERED = ("resid_pre", "attn.in", "attn_out", "resid_mid", "mlp.in", "mlp_out", "resid_post")
 _TABLE = SiteTable(
     "linear",
     (Site("embed", _STREAM[1:]), *(Site(name, _STREAM) for name in _LAYERED)),
@@ -43,6 +43,7 @@ class LinearModel(eqx.Module):
             tap = Tap(_TABLE, taps, wanted, row, jnp.asarray(layer, jnp.int32))
             x = tap("resid_pre", x)
             x = x + tap("attn_out", jnp.einsum("qk,bkd,de->bqe", self.mix[layer], tap("attn.in", x), self.w[layer]))
+            x = tap("resid_mid", x)
             x = x + tap("mlp_out", tap("mlp.in", x) @ self.v[layer])
             x = tap("resid_post", x)
             seen.append(tap.seen)

@@ -14,6 +14,7 @@ from mi_jax.core.nodes import node
 from mi_jax.core.paths import path_patch
 from tests.core.linear_model import N_LAYERS, inputs, linear_model, mean_metric
 from tests.models.tiny import prompts, tiny
+from tests.models.tiny_families import family
 
 TOLERANCE = 2e-5
 CLEAN, CORRUPT = prompts(3), prompts(4)
@@ -150,31 +151,46 @@ def test_a_site_name_from_transformer_lens_and_a_captured_dictionary():
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 
 
-# sender, receiver, and what is free; over all layers and heads of both
+# model, sender, receiver, and what is free; over all layers and heads of both
 PATHS = [
-    ("attn.z", "attn.q", ()),
-    ("mlp_out", "attn.v_in", ()),
-    ("attn.k", "attn.scores", ()),
-    ("attn.v", "attn.pattern", ("attn.z",)),
-    ("attn.q", "resid_post", (node("attn.z", layer=1, head=2),)),
-    ("mlp.post", "mlp.in", (node("mlp_out", layer=0),)),
-    ("resid_mid", "attn.k", ("mlp_out",)),
+    ("tiny", "attn.z", "attn.q", ()),
+    ("tiny", "mlp_out", "attn.v_in", ()),
+    ("tiny", "attn.k", "attn.scores", ()),
+    ("tiny", "attn.v", "attn.pattern", ("attn.z",)),
+    ("tiny", "attn.q", "resid_post", (node("attn.z", layer=1, head=2),)),
+    ("tiny", "mlp.post", "mlp.in", (node("mlp_out", layer=0),)),
+    ("tiny", "resid_mid", "attn.k", ("mlp_out",)),
+    # parallel blocks: the MLP does not read the heads of its layer
+    ("neox", "attn.z", "mlp.in", ()),
+    ("gptj", "attn_out", "mlp.pre", ()),
+    ("gptj", "mlp_out", "attn.k", ()),
+    # a mixture of experts
+    ("mixture", "attn.z", "mlp.router", ()),
+    ("mixture", "mlp.router", "mlp.gates", ()),
+    ("mixture", "mlp.gates", "attn.q", (node("mlp_out", layer=0),)),
+    ("mixture", "mlp.expert_out", "mlp.router", ("mlp_out",)),
+    # norms of the stream itself
+    ("bert", "resid_mid_normalized", "resid_post", ()),
+    ("bert", "resid_post_normalized", "mlp.in", ()),
+    ("bert", "attn.z", "resid_mid_normalized", ()),
 ]
 
 
-@pytest.mark.parametrize(("sender", "receiver", "through"), PATHS)
-def test_a_path_is_refused_exactly_where_patching_it_changes_nothing(sender, receiver, through):
-    table = tiny().site_table
+@pytest.mark.parametrize(("name", "sender", "receiver", "through"), PATHS)
+def test_a_path_is_refused_exactly_where_patching_it_changes_nothing(name, sender, receiver, through):
+    model = tiny() if name == "tiny" else family(name)
+    table = model.site_table
     places = []
-    for name in (sender, receiver):
-        axis = index_axis(table.resolve(name)[0], "head")
+    for site in (sender, receiver):
+        axis = index_axis(table.resolve(site)[0], "head")
         heads = range(table.size(axis)) if axis else (None,)
-        places.append([{"layer": i} | ({} if h is None else {"head": h}) for i in range(3) for h in heads])
+        layers = range(table.size("layer"))
+        places.append([{"layer": i} | ({} if h is None else {"head": h}) for i in layers for h in heads])
     grid = [(a, b) for a in places[0] for b in places[1]]
     refused = []
     for a, b in grid:
         try:
-            path_patch(tiny(), node(sender, **a), node(receiver, **b), through=through)
+            path_patch(model, node(sender, **a), node(receiver, **b), through=through)
             refused.append(False)
         except mi.SiteError:
             refused.append(True)
@@ -184,11 +200,28 @@ def test_a_path_is_refused_exactly_where_patching_it_changes_nothing(sender, rec
     @jax.jit
     @jax.vmap
     def outputs(a, b):
-        return path_patch(tiny(), node(sender, **a), node(receiver, **b), through=through)(CLEAN, CORRUPT)
+        return path_patch(model, node(sender, **a), node(receiver, **b), through=through)(CLEAN, CORRUPT)
 
     stacked = jax.tree.map(lambda *x: jnp.asarray(x, jnp.int32), *grid)
-    moved = np.abs(outputs(*stacked) - mi.jit(tiny())(CORRUPT)[None]).max((1, 2, 3))
+    moved = np.abs(outputs(*stacked) - mi.jit(model)(CORRUPT)[None]).max((1, 2, 3))
     np.testing.assert_array_equal(moved < TOLERANCE, refused)
+
+
+def test_in_parallel_blocks_no_path_leads_from_a_head_to_the_mlp_of_its_layer():
+    model = family("neox")
+    with pytest.raises(mi.SiteError, match=r"'attn.z' \(layer=1, head=2\) .* the blocks of neox-like are parallel"):
+        path_patch(model, node("attn.z", layer=1, head=2), node("mlp.in", layer=1))
+    # the blocks are not the reason here, nor in a model whose MLP reads the heads
+    with pytest.raises(mi.SiteError, match=r"computed before it or beside it"):
+        path_patch(model, node("attn.z", layer=1), node("mlp.in", layer=0))
+    path_patch(family("llama"), node("attn.z", layer=1, head=2), node("mlp.in", layer=1))
+
+
+def test_gates_lead_around_the_experts_only_in_a_mixture():
+    model, end = family("mixture"), node("resid_post", layer=1)
+    path_patch(model, node("mlp.in", layer=0), end, frozen=("mlp.post",))
+    with pytest.raises(mi.SiteError, match=r"passes mlp.post, which is held"):
+        path_patch(family("llama"), node("mlp.in", layer=0), end, frozen=("mlp.post",))
 
 
 def test_a_sender_without_a_path_is_told_why_and_what_to_do():

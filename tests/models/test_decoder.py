@@ -6,15 +6,18 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mi_jax as mi
+from mi_jax.core.errors import InputError
 from mi_jax.models.config import check_choices
 from tests.models.numpy_decoder import numpy_sites
 from tests.models.tiny import CONFIGS, prompts, tiny
+from tests.models.tiny_families import family
 
 TOLERANCE = 1e-5
 
@@ -162,11 +165,48 @@ def test_a_prompt_longer_than_the_context_is_named():
         ({"n_kv_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"d_head": 5}, "rotary positions need an even d_head, got 5"),
         ({"d_mlp": -1}, "d_mlp must be at least 0, got -1"),
+        ({"score_softcap": -2.0}, "score_softcap is a positive number, or 0 for none; got -2.0"),
+        ({"logit_softcap": -30.0}, "logit_softcap is a positive number, or 0 for none; got -30.0"),
+        ({"logit_softcap": float("nan")}, "logit_softcap is a positive number, or 0 for none; got nan"),
+        ({"logit_softcap": float("inf")}, "logit_softcap is a positive number, or 0 for none; got inf"),
+        ({"windows": (0, 2)}, "windows has 2 entries for 3 layers"),
+        ({"windows": 4}, "windows is a tuple with one int for every layer, or empty; got 4"),
+        ({"windows": (0, 2.5, 0)}, r"windows is a tuple with one int .* got \(0, 2.5, 0\)"),
+        ({"rope_layers": (1, 0, 1)}, r"rope_layers is a tuple with one bool .* got \(1, 0, 1\)"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_named(change, message):
+def test_a_configuration_that_cannot_be_is_named(monkeypatch, change, message):
+    # as for a user who does not check annotations
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIGS["llama"], **change)
+
+
+def test_a_list_with_an_entry_for_every_layer_is_a_tuple(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    lists: dict = {"windows": [0, 2, 0], "rope_layers": [True, False, True]}
+    config = dataclasses.replace(CONFIGS["llama"], **lists)
+    assert config == dataclasses.replace(CONFIGS["llama"], windows=(0, 2, 0), rope_layers=(True, False, True))
+    # what a model is compiled for is hashed
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize("wrong", [-1, 13])
+def test_a_token_outside_of_the_vocabulary_is_named_or_has_no_embedding(wrong):
+    tokens = prompts(0).at[1, 2].set(wrong)
+    with pytest.raises(InputError, match=rf"llama-like has 13 tokens \(0–12\); got {wrong} in row 1, position 2"):
+        tiny()(tokens)
+    # where it is traced it must not be another token
+    logits = mi.jit(tiny())(tokens)
+    assert jnp.isnan(logits[1, 2:]).all()
+    np.testing.assert_array_equal(logits[0], mi.jit(tiny())(prompts(0))[0])
+
+
+def test_a_token_type_that_is_not_there_is_named():
+    tokens = prompts(0)
+    types = jnp.zeros_like(tokens).at[0, 3].set(2)
+    with pytest.raises(InputError, match=r"bert-like has 2 token types \(0–1\); got 2 in row 0, position 3$"):
+        family("bert")(tokens, token_types=types)
 
 
 def test_a_choice_that_does_not_exist_is_named_without_a_type_checker():

@@ -164,6 +164,8 @@ REFUSED = [
     ({"mask": ~MASK}, r"pad on the right"),
     ({"mask": jnp.array([[True, False, True, True]] * 3)}, r"pad on the right"),
     ({"tokens": jnp.zeros((3, 0), jnp.int32), "mask": None}, r"at least one token; got \(3, 0\)"),
+    ({"tokens": prompts(0, 3, 4).at[2, 1].set(13)}, r"llama-like has 13 tokens \(0–12\); got 13 in row 2, position 1"),
+    ({"tokens": prompts(0, 3, 4).at[0, 0].set(-1)}, r"13 tokens \(0–12\); got -1 in row 0, position 0"),
     ({"top_k": 2}, r"top_k and top_p choose among drawn tokens: pass a temperature"),
     ({"top_p": 0.5, "key": jax.random.key(0)}, r"top_k and top_p choose among drawn tokens: pass a temperature"),
 ]
@@ -189,12 +191,49 @@ def test_models_and_edits_that_cannot_generate_are_named():
     _, acts = mi.jit(mi.capture(family("llama"), "resid_mid"))(tokens)
     with pytest.raises(mi.SiteError, match=r"captured value for site 'resid_mid' is of a prompt.*give it pos="):
         generate(mi.intervene(family("llama"), mi.patch("resid_mid", acts)), tokens, max_new_tokens=1)
-    # an edit at a position that is not there makes everything NaN once it is traced, of which the first token is chosen
+    # an edit at a position that is not there makes everything NaN once it is traced
     with pytest.raises(mi.SiteError, match=r"has 4 places on 'pos'.*got pos=4"):
         generate(mi.intervene(family("llama"), mi.add("resid_mid", 1.0, pos=4)), tokens, max_new_tokens=1)
     # in the prompt they have one
     at_start = mi.ablate("mlp_out", baseline="mean", pos=0)
     assert generate(mi.intervene(family("llama"), at_start), tokens, max_new_tokens=1).tokens.shape == (3, 1)
+
+
+def test_logits_that_become_nan_are_named_with_their_step():
+    """The position of a token has no embedding, so what is written from there on has no meaning."""
+    model, tokens = family("gpt2"), prompts(1, 3, 4)
+    broken = dataclasses.replace(model, pos_embed=model.pos_embed.at[5].set(jnp.nan))
+    # of the prompts with 4, 2 and 3 tokens the longest gets to position 5 first, when its third token is chosen
+    with pytest.raises(
+        InputError, match="gpt2-like are NaN in 3 of 3 texts, first in text 0 from generated token 2 on"
+    ):
+        generate(broken, tokens, MASK, max_new_tokens=N_NEW)
+    with pytest.raises(InputError, match="NaN in 1 of 3 texts, first in text 0 from generated token 2 on"):
+        generate(broken, tokens, MASK, max_new_tokens=3, temperature=1.0, top_p=0.5, key=jax.random.key(0))
+    assert generate(broken, tokens, MASK, max_new_tokens=2).nan_step.tolist() == [-1, -1, -1]
+    everything = dataclasses.replace(model, embed=jnp.full_like(model.embed, jnp.nan))
+    with pytest.raises(InputError, match="NaN in 3 of 3 texts, first in text 0 after the prompt already"):
+        generate(everything, tokens, MASK, max_new_tokens=1)
+
+
+def test_where_generation_is_traced_nan_logits_are_in_the_result():
+    model, tokens = family("llama"), prompts(4, 3, 4)
+
+    def run(size):
+        return generate(mi.intervene(model, mi.add("logits", size, unit=6)), tokens, MASK, max_new_tokens=2)
+
+    made = jax.vmap(run)(jnp.array([1e3, jnp.nan]))
+    assert made.nan_step.tolist() == [[-1, -1, -1], [0, 0, 0]]
+
+
+def test_what_follows_a_stop_token_may_be_nan():
+    model, tokens = family("gpt2"), prompts(0, 3, 4)
+    stop = int(generate(model, tokens, MASK, max_new_tokens=2).tokens[0, 1])
+    broken = dataclasses.replace(model, pos_embed=model.pos_embed.at[5].set(jnp.nan))
+    made = generate(broken, tokens, MASK, max_new_tokens=3, stop=stop)
+    # the first text has ended when its logits become NaN, and the others, which go on, have not got there
+    assert made.mask[:, 2].tolist() == [False, True, True]
+    assert made.nan_step.tolist() == [-1, -1, -1]
 
 
 def test_values_of_other_texts_need_texts_of_one_length():

@@ -5,13 +5,13 @@ import json
 import os
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mi_jax.run import Workdir, WorkdirError
+from mi_jax.run.dtypes import SAFETENSORS_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def test_stage_data_that_json_cannot_hold_leaves_the_stage_undone(tmp_path, data
     assert not workdir.stage_done("circuit")
 
 
-dtypes = st.sampled_from([np.float32, np.float16, np.int32, np.uint8, np.bool_, ml_dtypes.bfloat16])
+dtypes = st.sampled_from([dtype.type for dtype in SAFETENSORS_DTYPES.values()])
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
 

@@ -12,14 +12,27 @@ from mi_jax.circuits.das.triples import Triples
 from mi_jax.core.errors import InputError
 from mi_jax.core.index import Each
 from mi_jax.core.sites import At, SiteError
-from mi_jax.core.transforms import SiteModel
+from mi_jax.core.transforms import Intervened, SiteModel
+from mi_jax.models.config import DecoderConfig
+from mi_jax.models.decoder import Decoder
 
 Positions = Each | int | str | Sequence[int | str]
 
 
 def readable(model: SiteModel, parts: list[Triples]) -> list[Triples]:
-    """Fills in where the answer is read, and checks the labels against the model's output."""
+    """Fills in where the answer is read, and checks the labels against the model's output.
+
+    Raises:
+      InputError: inputs of several shapes, a model without logits, a label that is none of its outputs, or no position
+        to read at in a model whose last position is like any other.
+    """
     out = []
+    config = _config(model)
+    if config is not None and config.head == "none":
+        raise InputError(
+            f"{config.name} is an encoder without an unembedding: its output is the last stream, and DAS compares "
+            "logits with labels; load it with a head, or give a model that returns logits of the labels"
+        )
     for part in parts:
         if part.base.shape[1:] != parts[0].base.shape[1:]:
             raise InputError(
@@ -36,10 +49,33 @@ def readable(model: SiteModel, parts: list[Triples]) -> list[Triples]:
         if len(shape) == 2:
             position = None
         elif position is None:
+            _check_last(model, config)
             mask = np.ones(shape[:2], bool) if part.mask is None else np.asarray(part.mask)
             position = jnp.asarray(mask.sum(1).astype(np.int32) - 1)
         out.append(Triples(part.base, part.source, part.label, part.mask, position, part.places))
     return out
+
+
+def _config(model: SiteModel) -> DecoderConfig | None:
+    """Of the native decoder under all edits, None for other models."""
+    while isinstance(model, Intervened):
+        model = model.model
+    return model.config if isinstance(model, Decoder) else None
+
+
+def _check_last(model: SiteModel, config: DecoderConfig | None) -> None:
+    """Raises InputError where the last position does not see the whole input by virtue of its place."""
+    table = model.site_table
+    if config is not None and config.patches is not None:
+        raise InputError(
+            f"{table.model} reads images and has logits at every patch; say where the answer is read, such as "
+            "Triples(…, position=jnp.zeros(n, jnp.int32)), the class token, where classifiers are trained to answer"
+        )
+    if not table.attention.causal:
+        raise InputError(
+            f"{table.model} has no causal mask, so no position is the one that answers; say where the answer of every "
+            "triple is read, such as Triples(…, position=…) with the masked token's"
+        )
 
 
 def site_of(

@@ -23,6 +23,7 @@ from mi_jax.core.sites import At
 from mi_jax.core.subspaces import SwapSubspace
 from mi_jax.core.transforms import SiteModel, intervene
 from mi_jax.models.decoder import Decoder
+from mi_jax.models.training import updated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,20 @@ def _edit(setup: Setup, make: MakeEdit, operand: Any, values: Array, row: Array,
     return make(setup.site, operand, values[row], layer, pos if setup.positioned else None)
 
 
+def _optimiser(setup: Setup, d_model: int) -> optax.GradientTransformation:
+    """Adam with a rate of its own for columns and boundary, both falling to 0 along half a cosine."""
+
+    def at_rates(updates: Any, _: Any) -> Any:
+        # entries of a unit column are of size d_model^(-1/2), so this rate is about the angle turned in one step
+        basis = -setup.learning_rate * d_model**-0.5 * updates.basis
+        if setup.boundary is None or updates.boundary is None:
+            return Rotation(basis, None)
+        return Rotation(basis, -setup.boundary.learning_rate * updates.boundary)
+
+    decay = optax.cosine_decay_schedule(1.0, max(setup.steps - 1, 1))
+    return optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(decay), optax.stateless(at_rates))
+
+
 @eqx.filter_jit
 def train(
     model: SiteModel,
@@ -124,7 +139,7 @@ def train(
     """
     rows, columns = _cells(setup, places.shape[0])
     n_cells, n = rows.shape[0], len(triples)
-    optimiser: Any = optax.scale_by_adam()
+    optimiser: Any = _optimiser(setup, d_model)
 
     def loss(rotation: Rotation, batch, values, labels, row, pos, progress):
         basis, penalty = orthonormal(rotation.basis), 0.0
@@ -156,16 +171,9 @@ def train(
                 return nll, grads
 
             nll, grads = jax.lax.map(of_cell, (rotation, rows, columns), batch_size=setup.cells_at_once)
-            # optax counts steps in int32 and multiplies them by floats
-            with jax.numpy_dtype_promotion("standard"):
-                update, state = optimiser.update(grads, state)
-            # entries of a unit column are of size d_model^(-1/2), so this rate is about the angle turned in one step
-            decay = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-            rate = setup.learning_rate * d_model**-0.5 * decay
-            boundary = rotation.boundary
-            if setup.boundary is not None and boundary is not None:
-                boundary = jnp.clip(boundary - setup.boundary.learning_rate * decay * update.boundary, 0.0, 1.0)
-            return (Rotation(orthonormal(rotation.basis - rate * update.basis), boundary), state), nll
+            rotation, state = updated(optimiser, grads, state, rotation)
+            boundary = None if rotation.boundary is None else jnp.clip(rotation.boundary, 0.0, 1.0)
+            return (Rotation(orthonormal(rotation.basis), boundary), state), nll
 
         steps = jnp.arange(setup.steps, dtype=jnp.int32)
         (rotation, _), losses = jax.lax.scan(step, (rotation, optimiser.init(rotation)), steps)

@@ -23,7 +23,8 @@ class Triples(eqx.Module):
       base, source: inputs of the model, such as tokens `[batch pos]`.
       label: what the high-level model answers for the base with the source's value of the variable; a token or class.
       mask: True at real tokens of both; None where nothing is padded.
-      position: where the answer is read, for models with an output at every position; None: at the last real token.
+      position: where the answer is read, for models with an output at every position; None: at the last real token,
+        which needs a causal model.
       places: named positions that differ between the triples, such as `{"subject": …}`.
     """
 

@@ -15,31 +15,13 @@ import os
 import struct
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from mi_jax.models.checkpoints.errors import CheckpointError
+from mi_jax.run.dtypes import SAFETENSORS_DTYPES
 
-DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(kind)
-    for name, kind in {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "I64": np.int64,
-        "I32": np.int32,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U64": np.uint64,
-        "U32": np.uint32,
-        "U16": np.uint16,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }.items()
-}
+# no model has complex weights
+DTYPES = {name: dtype for name, dtype in SAFETENSORS_DTYPES.items() if dtype.kind != "c"}
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 _MAX_RANK = 32
 

@@ -14,10 +14,7 @@ from mi_jax.models.config import DecoderConfig
 
 
 def _read(f: Fields) -> DecoderConfig:
-    d_model = f.integer("hidden_size", default=768)
-    n_heads = f.integer("num_attention_heads", default=12)
-    if n_heads < 1 or d_model % n_heads:
-        raise f.wrong("hidden_size, num_attention_heads", (d_model, n_heads), "a number and a divisor of it")
+    d_model, n_heads = f.width("hidden_size", heads=("num_attention_heads",), d_model=768, n_heads=12)
     types = f.integer("type_vocab_size", default=2)
     if types < 1:
         raise f.wrong("type_vocab_size", types, "a positive number")

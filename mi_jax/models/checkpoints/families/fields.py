@@ -93,6 +93,13 @@ class Fields:
             raise self.wrong(self._find(names)[0], value, "a number from 1 to 10000")
         return value
 
+    def width(self, name: str, *names: str, heads: Sequence[str], d_model: int, n_heads: int) -> tuple[int, int]:
+        """The width of the stream and the number of heads, which share it; `d_model` and `n_heads` if missing."""
+        d_model, n_heads = self.integer(name, *names, default=d_model), self.integer(*heads, default=n_heads)
+        if n_heads < 1 or d_model % n_heads:
+            raise self.wrong(f"{name}, {heads[0]}", (d_model, n_heads), "a number and a divisor of it")
+        return d_model, n_heads
+
     def number(self, *names: str, default: float) -> float:
         name, value = self._find(names)
         if value is None:

@@ -11,10 +11,9 @@ from mi_jax.models.config import DecoderConfig
 
 def sizes(f: Fields, *, d_model: int, n_layers: int, n_heads: int, n_ctx: int, d_vocab: int) -> dict[str, Any]:
     """The sizes of GPT-2 and GPT-J; the arguments are those of a file without the key."""
-    d_model = f.integer("n_embd", "hidden_size", default=d_model)
-    n_heads = f.integer("n_head", "num_attention_heads", default=n_heads)
-    if n_heads < 1 or d_model % n_heads:
-        raise f.wrong("n_embd, n_head", (d_model, n_heads), "a number and a divisor of it")
+    d_model, n_heads = f.width(
+        "n_embd", "hidden_size", heads=("n_head", "num_attention_heads"), d_model=d_model, n_heads=n_heads
+    )
     return {
         "n_layers": f.layers("n_layer", "num_hidden_layers", default=n_layers),
         "d_model": d_model,

@@ -11,10 +11,7 @@ from mi_jax.models.config import DecoderConfig
 
 
 def _read(f: Fields) -> DecoderConfig:
-    d_model = f.integer("hidden_size", default=6144)
-    n_heads = f.integer("num_attention_heads", default=64)
-    if n_heads < 1 or d_model % n_heads:
-        raise f.wrong("hidden_size, num_attention_heads", (d_model, n_heads), "a number and a divisor of it")
+    d_model, n_heads = f.width("hidden_size", heads=("num_attention_heads",), d_model=6144, n_heads=64)
     n_ctx = f.integer("max_position_embeddings", default=2048)
     theta = f.number("rotary_emb_base", "rope_theta", default=10_000.0)
     share = f.number("rotary_pct", "partial_rotary_factor", default=0.25)

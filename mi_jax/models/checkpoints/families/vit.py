@@ -27,10 +27,7 @@ def _side(f: Fields, name: str, default: int) -> int:
 
 
 def _read(f: Fields) -> DecoderConfig:
-    d_model = f.integer("hidden_size", default=768)
-    n_heads = f.integer("num_attention_heads", default=12)
-    if n_heads < 1 or d_model % n_heads:
-        raise f.wrong("hidden_size, num_attention_heads", (d_model, n_heads), "a number and a divisor of it")
+    d_model, n_heads = f.width("hidden_size", heads=("num_attention_heads",), d_model=768, n_heads=12)
     patches = PatchConfig(_side(f, "image_size", 224), _side(f, "patch_size", 16), f.integer("num_channels", default=3))
     labels = len(f.inner("id2label")) or f.integer("num_labels", default=2)
     classifies = any(str(each).endswith("Classification") for each in f.several("architectures") or ())
