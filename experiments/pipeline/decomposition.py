@@ -14,10 +14,10 @@ from experiments.estimates import with_interval
 from experiments.pipeline.config import PipelineConfig
 from experiments.pipeline.subject import Outcome, Subject
 from mi_jax.data import Contexts, contexts, python_topics, read_documents
+from mi_jax.decomposition import Dictionary, TrainConfig, architecture, fit
+from mi_jax.decomposition.activations import TopK
 from mi_jax.decomposition.baselines import fit_pca, fit_random_decoder
-from mi_jax.decomposition.evaluate import DENSITY_EDGES, Estimate, Evaluation, cross_entropy_recovered, evaluate
-from mi_jax.decomposition.sae import SAE, SAEConfig
-from mi_jax.decomposition.train import TrainConfig, fit
+from mi_jax.decomposition.evaluation import DENSITY_EDGES, Estimate, Evaluation, cross_entropy_recovered, evaluate
 from mi_jax.features import encode_contexts, next_token_nll
 from mi_jax.run import Progress
 
@@ -80,7 +80,7 @@ def decomposition(subject: Subject, config: PipelineConfig, progress: Progress) 
     blocks = np.broadcast_to(np.arange(len(held_kept))[:, None], held_kept.shape)[held_kept]
     mean = train.mean(0)
 
-    sae_config = SAEConfig(d_model=train.shape[1], d_sae=config.d_sae, k=config.k)
+    shape, objective = architecture("topk", train.shape[1], config.d_sae, k=config.k)
     schedule = TrainConfig(steps=config.sae_steps, batch_size=config.sae_batch, massive_ratio=None)
     keys = jax.random.split(jax.random.key(config.seed), 4)
 
@@ -89,8 +89,8 @@ def decomposition(subject: Subject, config: PipelineConfig, progress: Progress) 
 
     # both at once: half of a step, the scatter of its gradients, runs on one core
     with ThreadPoolExecutor(2) as pool:
-        null_fit = pool.submit(fit_random_decoder, train, sae_config, schedule, key=keys[1])
-        sae, history = fit(train, sae_config, schedule, key=keys[0], progress=show)
+        null_fit = pool.submit(fit_random_decoder, train, shape, objective, schedule, key=keys[1])
+        sae, history = fit(train, shape, objective, schedule, key=keys[0], progress=show)
         null, _ = null_fit.result()
     candidates = {
         "dictionary": sae,
@@ -137,7 +137,7 @@ def decomposition(subject: Subject, config: PipelineConfig, progress: Progress) 
         "layer": config.layer,
         "notes": notes,
         "rows": rows,
-        "loss_curve": {"step": [h["step"] for h in history], "fvu": [h["reconstruction"] for h in history]},
+        "loss_curve": {"step": [h["step"] for h in history], "fvu": [h["fvu"] for h in history]},
         "density": {
             "log10_edges": list(DENSITY_EDGES),
             "counts": scores["dictionary"].density_histogram.tolist(),
@@ -202,27 +202,21 @@ def _row(name: str, scores: Evaluation, recovered: Estimate) -> dict:
     fvu = scores.fraction_variance_unexplained
     return {
         "name": name,
-        "l0": scores.l0,
+        "l0": scores.l0.value,
         "fvu": fvu.value,
         "fvu_ci": [fvu.ci_low, fvu.ci_high],
         "ce_recovered": recovered.value,
         "ce_ci": [recovered.ci_low, recovered.ci_high],
-        "dead_fraction": scores.dead_fraction,
+        "dead_fraction": scores.dead_fraction.value,
     }
 
 
-def sae_arrays(sae: SAE) -> dict[str, np.ndarray]:
+def sae_arrays(sae: Dictionary) -> dict[str, np.ndarray]:
     """A dictionary as a flat mapping, for a checkpoint."""
-    return {
-        "sae.w_enc": np.asarray(sae.w_enc),
-        "sae.b_enc": np.asarray(sae.b_enc),
-        "sae.w_dec": np.asarray(sae.w_dec),
-        "sae.b_dec": np.asarray(sae.b_dec),
-        "sae.k": np.asarray(sae.k),
-    }
+    return {f"sae.{name}": np.asarray(getattr(sae, name)) for name in ("w_enc", "b_enc", "w_dec", "b_dec", "k")}
 
 
-def sae_from_arrays(arrays: Mapping[str, np.ndarray]) -> SAE:
+def sae_from_arrays(arrays: Mapping[str, np.ndarray]) -> Dictionary:
     """The inverse of `sae_arrays`."""
-    weights = {name: jnp.asarray(arrays[f"sae.{name}"]) for name in ("w_enc", "b_enc", "w_dec", "b_dec")}
-    return SAE(**weights, k=int(arrays["sae.k"]))
+    w_enc, b_enc, w_dec, b_dec = (jnp.asarray(arrays[f"sae.{name}"]) for name in ("w_enc", "b_enc", "w_dec", "b_dec"))
+    return Dictionary(w_enc, b_enc, w_dec, b_dec, TopK(int(arrays["sae.k"])))

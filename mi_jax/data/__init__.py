@@ -1,8 +1,14 @@
 """Data: corpora, tokenisation and tasks."""
 
+from mi_jax.data.activations import ActivationStore as ActivationStore
+from mi_jax.data.activations import ActivationStream as ActivationStream
+from mi_jax.data.activations import StoredActivations as StoredActivations
+from mi_jax.data.activations import StoreError as StoreError
+from mi_jax.data.activations import write_activations as write_activations
 from mi_jax.data.corpus import Contexts as Contexts
 from mi_jax.data.corpus import TextError as TextError
 from mi_jax.data.corpus import contexts as contexts
+from mi_jax.data.corpus import python_docstrings as python_docstrings
 from mi_jax.data.corpus import python_topics as python_topics
 from mi_jax.data.corpus import read_documents as read_documents
 from mi_jax.data.task import Task as Task

@@ -1,7 +1,10 @@
 """Real text, cut into contexts of equal length, with whole documents held out."""
 
+import ast
 import dataclasses
 import os
+import pathlib
+import sysconfig
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +31,25 @@ def python_topics() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
+
+
+def python_docstrings() -> list[str]:
+    """The docstrings of the standard library, a document a module: 1.6 million characters of prose and examples."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
+    documents = []
+    for file in sorted(root.rglob("*.py")):
+        if left_out.intersection(file.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except SyntaxError:  # templates and files for other versions
+            continue
+        holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [text for node in ast.walk(tree) if isinstance(node, holders) and (text := ast.get_docstring(node))]
+        if found:
+            documents.append("\n\n".join(found))
+    return documents
 
 
 def read_documents(path: str | os.PathLike) -> list[str]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from mi_jax.decomposition.sae import SAE
+from mi_jax.decomposition.dictionary import Dictionary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Codes:
         return np.bincount(fired, minlength=d_sae) / (self.tokens.size - len(self.tokens))
 
 
-def encode_contexts(sae: SAE, stream: Float[np.ndarray, "context pos d_model"], tokens: np.ndarray) -> Codes:
+def encode_contexts(sae: Dictionary, stream: Float[np.ndarray, "context pos d_model"], tokens: np.ndarray) -> Codes:
     """Codes of a captured stream, in chunks; position 0 is set to zero."""
     values, indices = [], []
     for start in range(0, len(stream), 64):

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from mi_jax.decomposition.sae import SAE
+from mi_jax.core.errors import InputError
+from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.features.codes import Codes
 from mi_jax.models.decoder import Decoder
 
@@ -61,12 +62,17 @@ def _example(activations: np.ndarray, codes: Codes, context: int, pos: int, wind
     )
 
 
-def token_effects(model: Decoder, sae: SAE, latent: int, *, n: int) -> tuple[list, list]:
+def token_effects(model: Decoder, sae: Dictionary, latent: int, *, n: int) -> tuple[list, list]:
     """The n tokens whose logits a latent's direction raises most, and the n it lowers most, as (token, effect).
 
     The direct effect: the decoder row through the final norm's weight and the unembedding, relative to the mean over
     the vocabulary, for a stream of unit root mean square. What later layers make of it is not in it.
+
+    Raises:
+      InputError: a model whose stream does not go through one norm to the logits of tokens, a dictionary of another
+        width, or a latent that it does not have.
     """
+    _check_direct(model, sae, latent)
     direction = sae.w_dec[latent]
     norm = model.final_norm
     if norm is not None and norm.weight is not None:
@@ -78,3 +84,26 @@ def token_effects(model: Decoder, sae: SAE, latent: int, *, n: int) -> tuple[lis
         [(int(i), float(logits[i])) for i in order[::-1][:n]],
         [(int(i), float(logits[i])) for i in order[:n]],
     )
+
+
+def _check_direct(model: Decoder, sae: Dictionary, latent: int) -> None:
+    config = model.config
+    if config.head == "none":
+        raise InputError(f"{config.name} is an encoder without an unembedding: a latent has no effect on tokens there")
+    if config.patches is not None:
+        raise InputError(
+            f"{config.name} reads images: its outputs are classes, not tokens; look at what a latent does to them with "
+            "mi.add('resid_post', direction, layer=…)"
+        )
+    if config.norms == "post":
+        raise InputError(
+            f"{config.name} normalises the stream itself after every addition, so a latent's direction reaches the "
+            "logits through all norms after its layer: measure its effect with mi.add('resid_post', direction, layer=…)"
+        )
+    d_sae, d_model = sae.w_dec.shape
+    if d_model != config.d_model:
+        raise InputError(
+            f"the dictionary writes to {d_model} dimensions; the stream of {config.name} has {config.d_model}"
+        )
+    if not 0 <= latent < d_sae:
+        raise InputError(f"the dictionary has {d_sae} latents (0–{d_sae - 1}); got {latent}")

@@ -22,8 +22,9 @@ from safetensors.numpy import save
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import LAYER, SiteError, at
 from mi_jax.core.transforms import SiteModel
-from mi_jax.decomposition.evaluate import Estimate, bootstrap_ratio
+from mi_jax.decomposition.evaluation import Estimate, bootstrap_ratio
 from mi_jax.features.lens import Head, Lens, in_float32, kl, logit_lens, native_head, stream_site, unwrap
+from mi_jax.models.training import updated
 from mi_jax.run.files import write_bytes
 
 
@@ -303,10 +304,8 @@ def _train(
         target = jax.nn.log_softmax(in_float32(target))
         stream = acts[lens.site].reshape(len(scale), -1, acts[lens.site].shape[-1])[:, order]
         value, grads = jax.value_and_grad(objective)(lens, stream, target, valid)
-        # optax raises b1 to the power of an integer count, which strict dtype promotion would refuse
-        with jax.numpy_dtype_promotion("standard"):
-            updates, moments = _optimiser(config).update(grads, moments, lens)
-        return eqx.apply_updates(lens, updates), moments, total + value
+        lens, moments = updated(_optimiser(config), grads, moments, lens)
+        return lens, moments, total + value
 
     return jax.lax.fori_loop(span[0], span[1], body, (lens, moments, jnp.zeros(())))
 

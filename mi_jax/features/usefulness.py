@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from mi_jax.core.edits import Patch
 from mi_jax.core.index import Index
-from mi_jax.decomposition.sae import SAE
+from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.models.decoder import Decoder
 
 
@@ -22,7 +22,7 @@ def next_token_nll(
 @eqx.filter_jit
 def removal_effects(
     model: Decoder,
-    sae: SAE,
+    sae: Dictionary,
     stream: Float[Array, "batch pos d_model"],
     tokens: Int[Array, "batch pos"],
     layer: Int[Array, ""],

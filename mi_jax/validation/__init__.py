@@ -5,6 +5,14 @@ from mi_jax.validation.alignment import Null as Null
 from mi_jax.validation.alignment import agreement as agreement
 from mi_jax.validation.alignment import layer_matched_null as layer_matched_null
 from mi_jax.validation.alignment import random_null as random_null
+from mi_jax.validation.attribute_model import AttributeModel as AttributeModel
+from mi_jax.validation.attribute_model import AttributeModelConfig as AttributeModelConfig
+from mi_jax.validation.attribute_model import train_attribute_model as train_attribute_model
+from mi_jax.validation.attribute_task import AttributeTask as AttributeTask
+from mi_jax.validation.attribute_task import AttributeTaskConfig as AttributeTaskConfig
+from mi_jax.validation.attribute_task import attribute_task as attribute_task
+from mi_jax.validation.attribute_truth import causal_effect as causal_effect
+from mi_jax.validation.attribute_truth import true_directions as true_directions
 from mi_jax.validation.behaviour import Behaviour as Behaviour
 from mi_jax.validation.behaviour import behaviour as behaviour
 from mi_jax.validation.edge_dropout import resampled_forward as resampled_forward
@@ -15,6 +23,9 @@ from mi_jax.validation.organism import organism_from_arrays as organism_from_arr
 from mi_jax.validation.organism import train_organism as train_organism
 from mi_jax.validation.planting import DESIGN as DESIGN
 from mi_jax.validation.planting import planted_decoder as planted_decoder
+from mi_jax.validation.superposition import Superposition as Superposition
+from mi_jax.validation.superposition import SuperpositionConfig as SuperpositionConfig
+from mi_jax.validation.superposition import superposition as superposition
 from mi_jax.validation.truth import Truth as Truth
 from mi_jax.validation.truth import verify as verify
 from mi_jax.validation.zoo import load_organism as load_organism

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import mi_jax as mi
-from mi_jax.decomposition import SAEConfig, Splice, init
+from mi_jax.decomposition import DictionaryConfig, Splice, init
 from tests.models.tiny import prompts, tiny
 
 TOLERANCE = 1e-5
@@ -14,7 +14,7 @@ TOKENS = prompts(3)
 
 @pytest.fixture(scope="module")
 def sae():
-    return init(SAEConfig(8, 16, 3, k_aux=2, aux_candidates=4), key=jax.random.key(0))
+    return init(DictionaryConfig(8, 16, k=3), key=jax.random.key(0))
 
 
 def stream(splice):

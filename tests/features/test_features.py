@@ -1,6 +1,7 @@
 """Features against hand-made codes, a brute-force AUROC, and a real ablation."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mi_jax as mi
-from mi_jax.decomposition.sae import SAE
+from mi_jax.core.errors import InputError
+from mi_jax.decomposition import Dictionary
+from mi_jax.decomposition.activations import TopK
 from mi_jax.features import (
     Codes,
     auroc,
@@ -23,6 +26,7 @@ from mi_jax.features import (
     token_effects,
 )
 from mi_jax.models import DecoderConfig, init_decoder
+from mi_jax.models.config import PatchConfig
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def model():
 def sae():
     w = jax.random.normal(jax.random.key(1), (12, 16))
     w = w / jnp.linalg.norm(w, axis=1, keepdims=True)
-    return SAE(w_enc=w, b_enc=jnp.zeros(12), w_dec=w, b_dec=jnp.zeros(16), k=3)
+    return Dictionary(w_enc=w, b_enc=jnp.zeros(12), w_dec=w, b_dec=jnp.zeros(16), activation=TopK(3))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
@@ -128,6 +132,21 @@ def test_token_effects_are_the_logits_of_the_direction(model, sae):
     assert [t for t, _ in promotes] == order[::-1][:4].tolist()
     assert [t for t, _ in suppresses] == order[:4].tolist()
     np.testing.assert_allclose([v for _, v in suppresses], np.sort(logits - logits.mean())[:4], rtol=1e-5)
+
+
+def test_token_effects_need_a_stream_that_one_norm_leads_to_the_logits_of_tokens(model, sae):
+    images = {"patches": PatchConfig(4, 2), "n_ctx": 5, "positions": "none", "tied": False}
+    for changed, message in (
+        ({"head": "none"}, "is an encoder without an unembedding"),
+        ({"norms": "post"}, "normalises the stream itself"),
+        (images, "reads images: its outputs are classes"),
+        ({"d_model": 8}, "the dictionary writes to 16 dimensions; the stream of decoder has 8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            token_effects(replace(model, config=replace(model.config, **changed)), sae, 0, n=2)
+    for latent in (-1, 12):
+        with pytest.raises(InputError, match=rf"has 12 latents \(0–11\); got {latent}"):
+            token_effects(model, sae, latent, n=2)
 
 
 def test_next_token_nll_of_uniform_logits_is_log_vocab():

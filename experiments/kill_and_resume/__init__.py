@@ -1,0 +1,1 @@
+"""Killing a training and resuming it."""

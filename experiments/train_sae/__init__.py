@@ -1,0 +1,1 @@
+"""Training sparse dictionaries of any model's activations."""

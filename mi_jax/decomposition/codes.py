@@ -1,0 +1,189 @@
+"""Sparse codes and their products with a dictionary: k places per token, or a list of (token, latent) pairs.
+
+Nothing here has a [token, d_sae] array, neither forward nor backward: the decoder and all gradients cost as many rows
+of the dictionary as there are codes. Weight matrices are stored [d_sae, width], so that what is gathered and scattered
+is contiguous.
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+# tokens (or pairs) whose rows are gathered at once: few enough to stay in a core's cache
+TOKENS_AT_ONCE = 32
+# tokens whose sums stay in cache while their places are added one after the other
+TOKENS_IN_BLOCK = 256
+PAIRS_AT_ONCE = 512
+
+
+class Placed(eqx.Module):
+    """The same number of codes for every token."""
+
+    latents: Int[Array, "token place"]
+
+    def combine(
+        self, values: Float[Array, "token place"], weights: Float[Array, "d_sae width"]
+    ) -> Float[Array, "token width"]:
+        """Σ values · weights[latent], per token."""
+        n_tokens, k = self.latents.shape
+        block = math.gcd(n_tokens, TOKENS_IN_BLOCK)
+
+        def of_block(code):
+            def add(total, place):
+                v, i = place
+                return total + v[:, None] * weights[i], None
+
+            empty = jnp.zeros((block, weights.shape[1]), weights.dtype)
+            return lax.scan(add, empty, (code[0].T, code[1].T))[0]
+
+        blocks = (a.reshape(-1, block, k) for a in (values, self.latents))
+        return lax.map(of_block, tuple(blocks)).reshape(n_tokens, -1)
+
+    def dot(
+        self, rows: Float[Array, "token width"], weights: Float[Array, "d_sae width"]
+    ) -> Float[Array, "token place"]:
+        """weights[latent] · rows[token], for every value."""
+        return lax.map(lambda at: weights[at[0]] @ at[1], (self.latents, rows), batch_size=TOKENS_AT_ONCE)
+
+    def scatter(
+        self, values: Float[Array, "token place"], rows: Float[Array, "token width"], d_sae: int
+    ) -> Float[Array, "d_sae width"]:
+        """Σ values · rows[token], per latent: codesᵀ @ rows."""
+
+        def one_by_one(total, values, rows):
+            def add(total, token):
+                v, i, row = token
+                return total.at[i].add(v[:, None] * row[None, :], mode="drop"), None
+
+            return lax.scan(add, total, (values, self.latents, rows))[0]
+
+        def at_once(total, values, rows):
+            return total.at[self.latents].add(values[:, :, None] * rows[:, None, :], mode="drop")
+
+        # XLA's CPU scatter is serial and materialises all its updates; the loop keeps them in cache and is several
+        # times as fast. An accelerator wants one parallel scatter.
+        zero = lax.optimization_barrier((jnp.zeros((), rows.dtype), values))[0]
+        empty = jnp.full((d_sae, rows.shape[-1]), zero)
+        return lax.platform_dependent(empty, values, rows, cpu=one_by_one, default=at_once)
+
+
+class Pairs(eqx.Module):
+    """Any number of codes for any token; a pair whose latent is d_sae is empty and its value must be 0."""
+
+    tokens: Int[Array, " pair"]
+    latents: Int[Array, " pair"]
+    n_tokens: int = eqx.field(static=True)
+
+    def combine(
+        self, values: Float[Array, " pair"], weights: Float[Array, "d_sae width"]
+    ) -> Float[Array, "token width"]:
+        """Σ values · weights[latent], per token."""
+        return _scatter_pairs(values, self.latents, self.tokens, weights, self.n_tokens)
+
+    def dot(self, rows: Float[Array, "token width"], weights: Float[Array, "d_sae width"]) -> Float[Array, " pair"]:
+        """weights[latent] · rows[token], for every value."""
+        return lax.map(
+            lambda pair: (weights[pair[1]] * rows[pair[0]]).sum(),
+            (self.tokens, self.latents),
+            batch_size=PAIRS_AT_ONCE,
+        )
+
+    def scatter(
+        self, values: Float[Array, " pair"], rows: Float[Array, "token width"], d_sae: int
+    ) -> Float[Array, "d_sae width"]:
+        """Σ values · rows[token], per latent: codesᵀ @ rows."""
+        return _scatter_pairs(values, self.tokens, self.latents, rows, d_sae)
+
+
+def _scatter_pairs(values: Array, source: Array, target: Array, rows: Array, size: int) -> Array:
+    """Σ values · rows[source], added to row `target` of `size` rows."""
+    n = values.shape[0]
+    padding = -n % PAIRS_AT_ONCE
+    values, source, target = (jnp.pad(a, (0, padding)) for a in (values, source, target))
+
+    def in_blocks(total, values, source, target, rows):
+        def add(total, block):
+            v, s, t = block
+            return total.at[t].add(v[:, None] * rows[s], mode="drop"), None
+
+        blocks = tuple(a.reshape(-1, PAIRS_AT_ONCE) for a in (values, source, target))
+        return lax.scan(add, total, blocks)[0]
+
+    def at_once(total, values, source, target, rows):
+        return total.at[target].add(values[:, None] * rows[source], mode="drop")
+
+    empty = jnp.zeros((size, rows.shape[-1]), rows.dtype)
+    return lax.platform_dependent(empty, values, source, target, rows, cpu=in_blocks, default=at_once)
+
+
+Where = Placed | Pairs
+
+
+@jax.custom_vjp
+def decode(values: Array, where: Where, w_dec: Float[Array, "d_sae width"]) -> Float[Array, "token width"]:
+    """Codes times dictionary: Σ values · w_dec[latent] per token."""
+    return where.combine(values, w_dec)
+
+
+def _decode_forward(values, where, w_dec):
+    return where.combine(values, w_dec), (values, where, w_dec)
+
+
+def _decode_backward(residuals, g):
+    values, where, w_dec = residuals
+    return where.dot(g, w_dec), None, where.scatter(values, g, w_dec.shape[0])
+
+
+decode.defvjp(_decode_forward, _decode_backward)
+
+
+@jax.custom_vjp
+def attach(
+    h: Array,
+    where: Where,
+    x: Float[Array, "token width"],
+    centre: Float[Array, " width"],
+    w_enc: Float[Array, "d_sae width"],
+    b_enc: Float[Array, " d_sae"],
+) -> Array:
+    """Returns `h`, and gives it the gradient of ((x − centre) @ w_encᵀ + b_enc)[token, latent].
+
+    `h` are those numbers, computed without gradient by whatever chose the places.
+    """
+    return h
+
+
+def _attach_forward(h, where, x, centre, w_enc, b_enc):
+    return h, (where, x, centre, w_enc)
+
+
+def _attach_backward(residuals, g):
+    where, x, centre, w_enc = residuals
+    d_bias = jnp.zeros(w_enc.shape[0], g.dtype).at[where.latents].add(g, mode="drop")
+    d_centre = -(d_bias @ w_enc)
+    # what nobody asks for (the gradient of x, in most trainings) is never computed
+    d_x = where.combine(g, w_enc)
+    d_weights = where.scatter(g, x - centre[None, :], w_enc.shape[0])
+    return None, None, d_x, d_centre, d_weights, d_bias
+
+
+attach.defvjp(_attach_forward, _attach_backward)
+
+
+def dense(values: Array, where: Where, d_sae: int) -> Float[Array, "token d_sae"]:
+    """The codes as an array [token, d_sae]."""
+    if isinstance(where, Pairs):
+        tokens, n_tokens = where.tokens, where.n_tokens
+    else:
+        n_tokens = where.latents.shape[0]
+        tokens = jnp.broadcast_to(jnp.arange(n_tokens)[:, None], where.latents.shape)
+    return jnp.zeros((n_tokens, d_sae), values.dtype).at[tokens, where.latents].add(values, mode="drop")
+
+
+def fired(values: Array, where: Where, d_sae: int) -> Int[Array, " d_sae"]:
+    """On how many tokens each latent is not zero."""
+    return jnp.zeros(d_sae, jnp.int32).at[where.latents].add((values != 0).astype(jnp.int32), mode="drop")

@@ -1,0 +1,283 @@
+"""Training dictionaries on activations that are held in memory: one, or many in one program.
+
+Batch t is a function of (key, t) alone: the order of an epoch is a permutation drawn from `fold_in(key, epoch)`. Many
+steps run per compiled call, so the host is not asked anything between them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from mi_jax.core import sharding
+from mi_jax.core.errors import InputError
+from mi_jax.decomposition.config import DictionaryConfig, Objective, check_combination
+from mi_jax.decomposition.dictionary import Dictionary, fold_scale, logical_axes
+from mi_jax.decomposition.initial import init, match_size
+from mi_jax.decomposition.massive import massive
+from mi_jax.decomposition.training.config import Knobs, TrainConfig
+from mi_jax.decomposition.training.source import InMemory, Source, batch_sharding, normalisation
+from mi_jax.decomposition.training.state import TrainState, counts_codes, default_knobs, init_state, with_places
+from mi_jax.decomposition.training.step import METRICS, update
+
+History = list[dict[str, float]]
+Report = Callable[[TrainState, dict[str, float]], None]
+
+
+@partial(jax.jit, static_argnames=("objective", "train", "frozen_decoder", "stacked"), donate_argnames="state")
+def train_steps(
+    state: TrainState,
+    source: Source,
+    n_steps: Int[Array, ""],
+    *,
+    objective: Objective,
+    train: TrainConfig,
+    frozen_decoder: bool = False,
+    stacked: str | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """`n_steps` steps on the source's batches, at most `train.steps_per_call`; any number compiles once.
+
+    Args:
+      state: donated; its step says which batches are next.
+      source: gives the batch of a step.
+      n_steps: how many.
+      objective: the loss.
+      train: the schedule.
+      frozen_decoder: leave the decoder as it is.
+      stacked: None for one training; `vmap` or `map` for several whose states have a leading axis, side by side or one
+        after the other in the same program.
+
+    Returns:
+      The new state, and the metrics of every step, `[… step]`, of which the first `n_steps` are meant.
+    """
+
+    def run(state):
+        def body(i, carry):
+            state, curves = carry
+            x, y = source.batch(state.step)
+            state, metrics = update(state, x, y, objective, train, frozen_decoder)
+            return state, {name: curve.at[i].set(metrics[name]) for name, curve in curves.items()}
+
+        curves = dict.fromkeys(METRICS, jnp.zeros(train.steps_per_call, jnp.float32))
+        return jax.lax.fori_loop(0, n_steps, body, (state, curves))
+
+    if stacked is None:
+        return run(state)
+    return jax.vmap(run)(state) if stacked == "vmap" else jax.lax.map(run, state)
+
+
+def fit(
+    activations: Float[Array, "n d_in"],
+    config: DictionaryConfig,
+    objective: Objective,
+    train: TrainConfig,
+    *,
+    key: Array,
+    targets: Float[Array, "n d_out"] | None = None,
+    knobs: Knobs | None = None,
+    progress: Report | None = None,
+    frozen_decoder: bool = False,
+    state: TrainState | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Dictionary, History]:
+    """Trains a dictionary.
+
+    Args:
+      activations: one row per token, in any order; scaled to unit variance inside, the result is in their units.
+      config: the dictionary's shape.
+      objective: the loss.
+      train: the schedule.
+      key: draws the start and the order of the tokens.
+      targets: what a transcoder predicts, row by row; None for the activations themselves.
+      knobs: the run's own numbers; those of the configurations if not given.
+      progress: called after every compiled call with the state (save it before returning: the next call reuses its
+        buffers) and the mean metrics of the call.
+      frozen_decoder: leave the directions as they were drawn; the null of `baselines.fit_random_decoder`.
+      state: where to go on from, as `progress` had it, with the same other arguments.
+      mesh: shards the dictionary and the activations by the table of `mi_jax.core.sharding`.
+
+    Returns:
+      The dictionary, and for every compiled call the step it ended at and its mean metrics.
+
+    Raises:
+      InputError: activations that do not fit the configurations, that are not finite, or that hold massive ones.
+    """
+    source, (k_init, k_order) = _prepare(activations, targets, config, objective, train, key, mesh)
+    if state is not None:
+        current: TrainState = jax.tree.map(jnp.copy, state)
+    else:
+        current = start(source, config, objective, train, key=k_init, knobs=knobs, frozen_decoder=frozen_decoder)
+    current, history = _run(current, source, k_order, objective, train, frozen_decoder, progress, None)
+    return finished(current, source.scale_x, source.scale_y if targets is not None else None), _of(history)
+
+
+def fit_many(
+    activations: Float[Array, "n d_in"],
+    config: DictionaryConfig,
+    objective: Objective,
+    train: TrainConfig,
+    *,
+    keys: Sequence[Array] | Array,
+    knobs: Knobs | None = None,
+    targets: Float[Array, "n d_out"] | None = None,
+    progress: Report | None = None,
+    together: bool | None = None,
+) -> tuple[list[Dictionary], list[History]]:
+    """Trains several dictionaries on the same batches in one compiled program: seeds, λ, k, rates, targets of L0.
+
+    Args:
+      activations: one row per token.
+      config: the shape that they share; k is the number of places, the largest of `knobs.k` where that varies.
+      objective: the loss.
+      train: the schedule.
+      keys: one per dictionary, for its start; the first also draws the order of the tokens.
+      knobs: leaves with one entry per dictionary, or scalars for all.
+      targets: what transcoders predict.
+      progress: as in `fit`, with stacked states and metrics averaged over the dictionaries.
+      together: `jax.vmap` over the dictionaries (None: where there is an accelerator) or one after the other: a CPU
+        gains nothing from the former.
+
+    Returns:
+      The dictionaries, and a history for each.
+    """
+    n = len(keys)
+    source, (_, k_order) = _prepare(activations, targets, config, objective, train, keys[0], None)
+    knobs = default_knobs(config, objective, train) if knobs is None else knobs
+    many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n,)), knobs)
+    places = int(many.k.max()) if config.activation in ("topk", "abstopk", "batchtopk") else None
+    if places is not None and places > config.k:
+        raise InputError(f"knobs.k goes to {places}, the configuration has k={config.k} places")
+    states = [
+        start(
+            source,
+            config,
+            objective,
+            train,
+            key=jax.random.split(keys[i])[0],
+            knobs=jax.tree.map(lambda leaf: leaf[i], many),  # noqa: B023
+        )
+        for i in range(n)
+    ]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    together = jax.default_backend() != "cpu" if together is None else together
+    state, histories = _run(state, source, k_order, objective, train, False, progress, "vmap" if together else "map")
+    scale_y = source.scale_y if targets is not None else None
+    done = [finished(jax.tree.map(lambda leaf: leaf[i], state), source.scale_x, scale_y) for i in range(n)]  # noqa: B023
+    return done, [_of(histories, i) for i in range(n)]
+
+
+def start(
+    source: InMemory,
+    config: DictionaryConfig,
+    objective: Objective,
+    train: TrainConfig,
+    *,
+    key: Array,
+    knobs: Knobs | None = None,
+    frozen_decoder: bool = False,
+) -> TrainState:
+    """The state before the first step on a source; see `start_from`."""
+    x, y = source.batch(jnp.int32(0))
+    options = {"key": key, "knobs": knobs, "frozen_decoder": frozen_decoder, "mesh": source.mesh}
+    return start_from(x, y, config, objective, train, **options)
+
+
+def start_from(
+    x: Float[Array, "token d_in"],
+    y: Float[Array, "token d_out"],
+    config: DictionaryConfig,
+    objective: Objective,
+    train: TrainConfig,
+    *,
+    key: Array,
+    knobs: Knobs | None = None,
+    frozen_decoder: bool = False,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """The state before the first step, fitted to the size of a first batch and sharded over a mesh."""
+    dictionary = init(config, key=key, mean=y.mean(0))
+    dictionary = match_size(dictionary, x, y)
+    if counts_codes(dictionary) and (knobs is not None or train.k_start is not None):
+        dictionary = with_places(dictionary, max(config.k, train.k_start or 0))
+    state = init_state(dictionary, config, objective, train, knobs=knobs, frozen_decoder=frozen_decoder)
+    return state if mesh is None else sharding.shard(state, logical_axes(state), mesh)
+
+
+def finished(state: TrainState, scale_x: Array, scale_y: Array | None) -> Dictionary:
+    """The trained dictionary in the units of the activations."""
+    dictionary = state.dictionary
+    if counts_codes(dictionary) and getattr(dictionary.activation, "k_now", None) is not None:
+        dictionary = eqx.tree_at(lambda d: d.activation.k_now, dictionary, state.knobs.k)
+        dictionary = with_places(dictionary, None)
+    return fold_scale(dictionary, scale_x, scale_y)
+
+
+def _run(state, source, k_order, objective, train, frozen_decoder, progress, stacked):
+    n, step, order, history = source.x.shape[0], int(jnp.ravel(state.step)[0]), None, []
+    per_epoch = n // train.batch_size
+    while step < train.steps:
+        if order is None or step % per_epoch == 0:
+            order = jax.random.permutation(jax.random.fold_in(k_order, step // per_epoch), n)
+            source = eqx.tree_at(lambda s: s.order, source, order)
+        n_steps = min(train.steps_per_call, train.steps - step, per_epoch - step % per_epoch)
+        state, metrics = train_steps(
+            state,
+            source,
+            jnp.asarray(n_steps, jnp.int32),
+            objective=objective,
+            train=train,
+            frozen_decoder=frozen_decoder,
+            stacked=stacked,
+        )
+        step += n_steps
+        read = {name: np.asarray(curve)[..., :n_steps].mean(-1) for name, curve in metrics.items()}
+        history.append({"step": step} | read)
+        if progress is not None:
+            progress(state, {name: float(np.mean(value)) for name, value in history[-1].items()})
+    return state, history
+
+
+def _of(history: list[dict], i: int | None = None) -> History:
+    """The history of one training, the i-th of several."""
+
+    def entry(value) -> float:
+        return float(value if i is None or not np.ndim(value) else value[i])
+
+    return [{name: entry(value) for name, value in row.items()} for row in history]
+
+
+def _prepare(activations, targets, config, objective, train, key, mesh) -> tuple[InMemory, Array]:
+    check_combination(config, objective)
+    _check(activations, targets, config, train)
+    if mesh is not None:
+        activations = jax.device_put(activations, batch_sharding(activations, mesh))
+        targets = None if targets is None else jax.device_put(targets, batch_sharding(targets, mesh))
+    _, scale_x = normalisation(activations)
+    scale_y = scale_x if targets is None else normalisation(targets)[1]
+    order = jnp.arange(activations.shape[0])
+    return InMemory(activations, targets, order, scale_x, scale_y, train.batch_size, mesh), jax.random.split(key)
+
+
+def _check(activations: Array, targets: Array | None, config: DictionaryConfig, train: TrainConfig) -> None:
+    n, width = activations.shape
+    if width != config.d_in:
+        raise InputError(f"the config says d_in={config.d_in}, the activations have width {width}")
+    if config.transcoder != (targets is not None):
+        raise InputError("a transcoder needs targets, an autoencoder has none")
+    if targets is not None and targets.shape != (n, config.width_out):
+        raise InputError(f"targets must have shape {(n, config.width_out)}, got {targets.shape}")
+    if n < train.batch_size:
+        raise InputError(f"{n} activations do not fill one batch of batch_size={train.batch_size}")
+    for name, array in (("activations", activations), ("targets", targets)):
+        if array is not None and (wrong := int((~jnp.isfinite(array).all(1)).sum())):
+            raise InputError(f"{wrong} of {n} {name} are not finite (NaN or infinity)")
+    if train.massive_ratio is not None and (count := int(massive(activations, train.massive_ratio).sum())):
+        raise InputError(
+            f"{count} of {n} activations have a norm over {train.massive_ratio:g} times the median and would own the "
+            "variance; train on activations[~massive(activations)], or set massive_ratio=None"
+        )
