@@ -17,6 +17,8 @@ from mi_jax.decomposition.config import DictionaryConfig as DictionaryConfig
 from mi_jax.decomposition.config import Objective as Objective
 from mi_jax.decomposition.config import architecture as architecture
 from mi_jax.decomposition.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
+from mi_jax.decomposition.cross_layer_config import CrossLayerConfig as CrossLayerConfig
+from mi_jax.decomposition.cross_layer_config import init_cross_layer as init_cross_layer
 from mi_jax.decomposition.dictionary import Dictionary as Dictionary
 from mi_jax.decomposition.dictionary import fold_decoder_norms as fold_decoder_norms
 from mi_jax.decomposition.dictionary import fold_scale as fold_scale
@@ -49,3 +51,6 @@ from mi_jax.decomposition.training import fit as fit
 from mi_jax.decomposition.training import fit_many as fit_many
 from mi_jax.decomposition.training import fit_stream as fit_stream
 from mi_jax.decomposition.training import train_step as train_step
+from mi_jax.decomposition.training.cross_layer import fit_cross_layer as fit_cross_layer
+from mi_jax.decomposition.training.end_to_end import EndToEnd as EndToEnd
+from mi_jax.decomposition.training.end_to_end import fit_end_to_end as fit_end_to_end

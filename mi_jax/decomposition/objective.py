@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.decomposition.activations import Chosen, Gated, JumpReLU, Switch
+from mi_jax.decomposition.activations import Activation, Chosen, Gated, JumpReLU, Switch
 from mi_jax.decomposition.activations.base import at_places, everywhere
 from mi_jax.decomposition.codes import Placed, Where, decode, fired
 from mi_jax.decomposition.config import Objective
@@ -44,7 +44,7 @@ class Losses(eqx.Module):
     error: Float[Array, ""]
     penalty: Float[Array, ""]
     auxiliary: Float[Array, ""]
-    fired: Int[Array, " d_sae"]
+    fired: Int[Array, "*layer d_sae"]
     smallest: Float[Array, ""]
 
 
@@ -106,19 +106,35 @@ def loss(
     """
     if few is None and reads_dead(objective):
         few = dead_latents(dictionary, dead, objective)
+    parts, _ = terms(dictionary, x, y, dead, objective, coefficients, chosen, few)
+    total = parts.reconstruction + coefficients.sparsity * parts.penalty + objective.aux_coefficient * parts.auxiliary
+    return total, jax.lax.stop_gradient(parts)
+
+
+def terms(
+    dictionary: Dictionary,
+    x: Float[Array, "token d_in"],
+    y: Float[Array, "token d_out"],
+    dead: Bool[Array, " d_sae"],
+    objective: Objective,
+    coefficients: Coefficients,
+    chosen: Chosen | None,
+    few: Dictionary | None,
+) -> tuple[Losses, Float[Array, "token d_out"]]:
+    """The parts of `loss` with their gradients, and y − ŷ (without gradient where the loss is `hierarchical`)."""
     codes = encode(dictionary, x, chosen)
     target = y - dictionary.b_dec[None, :]
     if dictionary.w_skip is not None:
         target = target - x @ dictionary.w_skip
     reconstruction, error = _reconstruction(dictionary, codes, target, objective)
     n_tokens = x.shape[0]
-    penalty = _penalty(dictionary, codes, objective, coefficients, n_tokens)
+    norms = dictionary.decoder_norms()
+    penalty = sparsity_penalty(dictionary.activation, codes, norms, objective, coefficients, n_tokens)
     auxiliary = _auxiliary(dictionary, few, codes, x, target, error, dead, objective)
-    total = reconstruction + coefficients.sparsity * penalty + objective.aux_coefficient * auxiliary
     positive = jnp.where(codes.values > 0, codes.values, jnp.inf)
     squared = (error * error).sum() / n_tokens
     parts = Losses(reconstruction, squared, penalty, auxiliary, codes.fired(dictionary.d_sae), positive.min())
-    return total, jax.lax.stop_gradient(parts)
+    return parts, error
 
 
 def _reconstruction(dictionary: Dictionary, codes: Codes, target: Array, objective: Objective) -> tuple[Array, Array]:
@@ -134,10 +150,15 @@ def _reconstruction(dictionary: Dictionary, codes: Codes, target: Array, objecti
     return (error * error).sum(-1).mean(), error
 
 
-def _penalty(
-    dictionary: Dictionary, codes: Codes, objective: Objective, coefficients: Coefficients, n_tokens: int
-) -> Array:
-    activation = dictionary.activation
+def sparsity_penalty(
+    activation: Activation,
+    codes: Codes,
+    norms: Float[Array, " d_sae"],
+    objective: Objective,
+    coefficients: Coefficients,
+    n_tokens: int,
+) -> Float[Array, ""]:
+    """The penalty on codes, mean over tokens, weighted by the norms of the latents' decoder rows."""
     if objective.penalty == "none":
         return jnp.zeros((), codes.values.dtype)
     if objective.penalty in ("l0", "l0_target"):
@@ -146,7 +167,7 @@ def _penalty(
         return l0 if objective.penalty == "l0" else (l0 / (objective.target_l0 or 1.0) - 1) ** 2
     # a gated dictionary is made sparse through its gate
     sizes = jax.nn.relu(codes.h) if isinstance(activation, Gated) else codes.values
-    weighted = sizes * codes.at(dictionary.decoder_norms())
+    weighted = sizes * codes.at(norms)
     if objective.penalty == "tanh":
         weighted = jnp.tanh(objective.c * weighted)
     elif objective.penalty == "lp":
@@ -177,7 +198,7 @@ def _auxiliary(
             return dictionary.activation.load_balance(x - dictionary.centre[None, :])
         case "auxk" | "preactivation":
             assert few is not None
-            term = _auxk if objective.auxiliary == "auxk" else _preactivation
+            term = _auxk if objective.auxiliary == "auxk" else preactivation
             return term(few, x, error, dead, objective)
         case _:
             return jnp.zeros((), error.dtype)
@@ -244,7 +265,13 @@ def _auxk(dictionary: Dictionary, x: Array, error: Array, dead: Array, objective
     return jnp.minimum(dead.sum() / objective.k_aux, 1.0) * squared
 
 
-def _preactivation(dictionary: Dictionary, x: Array, error: Array, dead: Array, objective: Objective) -> Array:
+def preactivation(
+    dictionary: Dictionary,
+    x: Float[Array, "token d_in"],
+    error: Float[Array, "token d_out"],
+    dead: Bool[Array, " d_sae"],
+    objective: Objective,
+) -> Float[Array, ""]:
     """Mean over tokens of Σ max(θ − h, 0) · ‖w_dec‖ over dead latents: draws them back."""
     h = (x - dictionary.centre[None, :]) @ dictionary.encoder.T + dictionary.b_enc[None, :]
     real = jnp.arange(dictionary.d_sae) < dead.sum()

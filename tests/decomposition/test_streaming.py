@@ -77,7 +77,7 @@ def test_all_learn_from_one_pass(whole):
     assert dictionaries["crosscoder"].d_in == 2 * WIDTH
 
 
-@pytest.mark.parametrize("stop", [1, 9, 17])
+@pytest.mark.parametrize("stop", [1, 9, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(model, tokens, whole, tmp_path, stop):
     with pytest.raises(Stopped):
         run(model, tokens, tmp_path / "run", stop=stop)

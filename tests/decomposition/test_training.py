@@ -93,7 +93,12 @@ LEARNS = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+QUICK = ("topk", "batchtopk", "jumprelu", "gated")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_every_architecture_finds_most_planted_directions(planted, name):
     x, directions = planted
     objective, fields = LEARNS.get(name, ({}, {}))
@@ -108,6 +113,7 @@ def test_every_architecture_finds_most_planted_directions(planted, name):
     assert unexplained(dictionary, x) == pytest.approx(history[-1]["fvu"], abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimiser", ["signum", "muon"])
 def test_other_optimisers_learn(planted, optimiser):
     rate = {"signum": 1e-2, "muon": 5e-2}[optimiser]
@@ -116,6 +122,7 @@ def test_other_optimisers_learn(planted, optimiser):
     assert unexplained(dictionary, planted[0]) < 0.2
 
 
+@pytest.mark.slow
 def test_a_skip_transcoder_learns_a_map_with_features(planted):
     x, directions = planted
     codes = jax.nn.relu((x - 7.0) @ directions.T / 40 - 0.3)
@@ -178,7 +185,7 @@ def test_many_at_once_are_each_alone(planted, together):
     source, (_, k_order) = fit_module._prepare(planted[0], None, config, objective, train, keys[0], None)
     state = fit_module.start(source, alone_config, objective, train, key=jax.random.split(keys[2])[0])
     state = eqx.tree_at(lambda s: s.knobs.learning_rate, state, jnp.float32(3e-3))
-    state, _ = fit_module._run(state, source, k_order, objective, train, False, None, None)
+    state, _ = fit_module.run_steps(state, source, k_order, objective, train)
     alone = fit_module.finished(state, source.scale_x, None)
     np.testing.assert_allclose(dictionaries[2].w_dec, alone.w_dec, atol=1e-4)
 

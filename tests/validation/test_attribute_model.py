@@ -112,6 +112,7 @@ def test_what_gives_no_directions_is_refused(planted, tokens, key):
         AttributeModelConfig(d_model=30)
 
 
+@pytest.mark.slow
 def test_a_trained_model_carries_the_attributes_of_two_tokens_and_uses_them(key):
     trained = train_attribute_model(CONFIG, key=key)
     tokens = trained.task.sequences(600, key=jax.random.key(4))

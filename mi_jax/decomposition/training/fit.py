@@ -6,6 +6,7 @@ steps run per compiled call, so the host is not asked anything between them.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -27,18 +28,32 @@ from mi_jax.decomposition.training.step import METRICS, update
 
 History = list[dict[str, float]]
 Report = Callable[[TrainState, dict[str, float]], None]
+OneStep = Callable[[Any, Any, Any, TrainConfig, bool], tuple[Any, dict[str, Array]]]
 
 
-@partial(jax.jit, static_argnames=("objective", "train", "frozen_decoder", "stacked"), donate_argnames="state")
+def _on_batch(
+    state: TrainState, source: Source, objective: Objective, train: TrainConfig, frozen_decoder: bool
+) -> tuple[TrainState, dict[str, Array]]:
+    x, y = source.batch(state.step)
+    return update(state, x, y, objective, train, frozen_decoder)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("objective", "train", "frozen_decoder", "stacked", "one_step", "names"),
+    donate_argnames="state",
+)
 def train_steps(
     state: TrainState,
-    source: Source,
+    source: Any,
     n_steps: Int[Array, ""],
     *,
-    objective: Objective,
+    objective: Any,
     train: TrainConfig,
     frozen_decoder: bool = False,
     stacked: str | None = None,
+    one_step: OneStep = _on_batch,
+    names: tuple[str, ...] = METRICS,
 ) -> tuple[TrainState, dict[str, Array]]:
     """`n_steps` steps on the source's batches, at most `train.steps_per_call`; any number compiles once.
 
@@ -51,6 +66,9 @@ def train_steps(
       frozen_decoder: leave the decoder as it is.
       stacked: None for one training; `vmap` or `map` for several whose states have a leading axis, side by side or one
         after the other in the same program.
+      one_step: from the state, the source, the objective, the schedule and `frozen_decoder` to the next state and its
+        metrics; that of `objective`'s losses if not given.
+      names: of the metrics.
 
     Returns:
       The new state, and the metrics of every step, `[… step]`, of which the first `n_steps` are meant.
@@ -59,11 +77,10 @@ def train_steps(
     def run(state):
         def body(i, carry):
             state, curves = carry
-            x, y = source.batch(state.step)
-            state, metrics = update(state, x, y, objective, train, frozen_decoder)
+            state, metrics = one_step(state, source, objective, train, frozen_decoder)
             return state, {name: curve.at[i].set(metrics[name]) for name, curve in curves.items()}
 
-        curves = dict.fromkeys(METRICS, jnp.zeros(train.steps_per_call, jnp.float32))
+        curves = dict.fromkeys(names, jnp.zeros(train.steps_per_call, jnp.float32))
         return jax.lax.fori_loop(0, n_steps, body, (state, curves))
 
     if stacked is None:
@@ -112,8 +129,8 @@ def fit(
         current: TrainState = jax.tree.map(jnp.copy, state)
     else:
         current = start(source, config, objective, train, key=k_init, knobs=knobs, frozen_decoder=frozen_decoder)
-    current, history = _run(current, source, k_order, objective, train, frozen_decoder, progress, None)
-    return finished(current, source.scale_x, source.scale_y if targets is not None else None), _of(history)
+    current, history = run_steps(current, source, k_order, objective, train, frozen_decoder, progress, None)
+    return finished(current, source.scale_x, source.scale_y if targets is not None else None), history_of(history)
 
 
 def fit_many(
@@ -165,10 +182,11 @@ def fit_many(
     ]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     together = jax.default_backend() != "cpu" if together is None else together
-    state, histories = _run(state, source, k_order, objective, train, False, progress, "vmap" if together else "map")
+    stacked = "vmap" if together else "map"
+    state, histories = run_steps(state, source, k_order, objective, train, False, progress, stacked)
     scale_y = source.scale_y if targets is not None else None
     done = [finished(jax.tree.map(lambda leaf: leaf[i], state), source.scale_x, scale_y) for i in range(n)]  # noqa: B023
-    return done, [_of(histories, i) for i in range(n)]
+    return done, [history_of(histories, i) for i in range(n)]
 
 
 def start(
@@ -217,8 +235,19 @@ def finished(state: TrainState, scale_x: Array, scale_y: Array | None) -> Dictio
     return fold_scale(dictionary, scale_x, scale_y)
 
 
-def _run(state, source, k_order, objective, train, frozen_decoder, progress, stacked):
-    n, step, order, history = source.x.shape[0], int(jnp.ravel(state.step)[0]), None, []
+def run_steps(
+    state: Any,
+    source: Any,
+    k_order: Array,
+    objective: Any,
+    train: TrainConfig,
+    frozen_decoder: bool = False,
+    progress: Report | None = None,
+    stacked: str | None = None,
+    **how: Any,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """All steps that are left; `source.order` is drawn anew for every epoch. `how` goes to `train_steps`."""
+    n, step, order, history = source.order.shape[0], int(jnp.ravel(state.step)[0]), None, []
     per_epoch = n // train.batch_size
     while step < train.steps:
         if order is None or step % per_epoch == 0:
@@ -233,6 +262,7 @@ def _run(state, source, k_order, objective, train, frozen_decoder, progress, sta
             train=train,
             frozen_decoder=frozen_decoder,
             stacked=stacked,
+            **how,
         )
         step += n_steps
         read = {name: np.asarray(curve)[..., :n_steps].mean(-1) for name, curve in metrics.items()}
@@ -242,7 +272,7 @@ def _run(state, source, k_order, objective, train, frozen_decoder, progress, sta
     return state, history
 
 
-def _of(history: list[dict], i: int | None = None) -> History:
+def history_of(history: list[dict], i: int | None = None) -> History:
     """The history of one training, the i-th of several."""
 
     def entry(value) -> float:

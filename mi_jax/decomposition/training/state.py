@@ -1,5 +1,7 @@
 """What a training step changes, and where it starts."""
 
+from typing import Any, Generic, TypeVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,11 @@ from mi_jax.decomposition.config import DictionaryConfig, Objective, check_combi
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.training.config import Knobs, TrainConfig, direction
 
+# a Dictionary, or a CrossLayerTranscoder
+D = TypeVar("D", bound=eqx.Module)
 
-class TrainState(eqx.Module):
+
+class TrainState(eqx.Module, Generic[D]):
     """Everything that a step changes; saved and restored, training goes on to the same numbers.
 
     Attributes:
@@ -25,16 +30,16 @@ class TrainState(eqx.Module):
       knobs: the run's own numbers; no step changes them.
     """
 
-    dictionary: Dictionary
+    dictionary: D
     optimiser: PyTree
     step: Int[Array, ""]
-    since_fired: Int[Array, " d_sae"]
+    since_fired: Int[Array, "*layer d_sae"]
     log_sparsity: Float[Array, ""]
     l0: Float[Array, ""]
     knobs: Knobs
 
     @property
-    def sae(self) -> Dictionary:
+    def sae(self) -> D:
         """The dictionary, by the name of the commonest kind."""
         return self.dictionary
 
@@ -49,7 +54,7 @@ def default_knobs(config: DictionaryConfig, objective: Objective, train: TrainCo
     )
 
 
-def trainable(dictionary: Dictionary, frozen_decoder: bool = False) -> Dictionary:
+def trainable(dictionary: Any, frozen_decoder: bool = False) -> Any:
     """A tree of booleans: which arrays the optimiser sees."""
     mask = jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf), dictionary)
     if isinstance(dictionary.activation, BatchTopK):
@@ -57,7 +62,7 @@ def trainable(dictionary: Dictionary, frozen_decoder: bool = False) -> Dictionar
     return eqx.tree_at(lambda d: d.w_dec, mask, False) if frozen_decoder else mask
 
 
-def counts_codes(dictionary: Dictionary) -> bool:
+def counts_codes(dictionary: Any) -> bool:
     """Whether the number of codes can move during training."""
     return isinstance(dictionary.activation, TopK | BatchTopK)
 
@@ -79,7 +84,7 @@ def _replaced(activation: TopK | BatchTopK, k: int, k_now: Array | None) -> TopK
 
 
 def init_state(
-    dictionary: Dictionary,
+    dictionary: Any,
     config: DictionaryConfig,
     objective: Objective,
     train: TrainConfig,
@@ -103,7 +108,7 @@ def init_state(
         dictionary=dictionary,
         optimiser=moments,
         step=jnp.zeros((), jnp.int32),
-        since_fired=jnp.zeros(dictionary.d_sae, jnp.int32),
+        since_fired=jnp.zeros(dictionary.b_enc.shape, jnp.int32),
         log_sparsity=jnp.zeros(()),
         l0=jnp.zeros(()),
         knobs=default_knobs(config, objective, train) if knobs is None else knobs,

@@ -2,11 +2,12 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mi_jax.decomposition.activations import BatchTopK, JumpReLU, TopK
 from mi_jax.decomposition.config import Objective
@@ -33,10 +34,10 @@ def update(
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one step on a batch of activations x and targets y, and the scalars that `METRICS` names."""
     mask = trainable(state.dictionary, frozen_decoder)
-    dictionary = _with_k(state, train)
+    dictionary = with_k(state, train)
     params, fixed = eqx.partition(dictionary, mask)
     dead = state.since_fired >= train.dead_after
-    coefficients = _coefficients(state, objective, train)
+    coefficients = scheduled(state, objective, train)
 
     def plain(params, chosen, objective):
         def of(params):
@@ -76,25 +77,59 @@ def update(
             fits, lambda p: value_and_grad(p, chosen), lambda p: value_and_grad(p, None), params
         )
 
+    sparsity = coefficients.sparsity
+    state, metrics = descended(state, dictionary, grads, total, parts, y, sparsity, fits, train, frozen_decoder)
+    if train.resample_every and not frozen_decoder:
+        state = resample(state, x, y, objective, train)
+    return state, metrics
+
+
+def descended(
+    state: TrainState,
+    dictionary: Any,
+    grads: Any,
+    total: Float[Array, ""],
+    parts: Losses,
+    y: Float[Array, "token *layer d_out"],
+    sparsity: Float[Array, ""],
+    fits: Bool[Array, ""],
+    train: TrainConfig,
+    frozen_decoder: bool = False,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step along any gradient of a dictionary or cross-layer transcoder, and its metrics.
+
+    Args:
+      state: before the step.
+      dictionary: the state's, with this step's number of codes.
+      grads: of the arrays that `trainable` names, None for the others.
+      total, parts: the loss.
+      y: what was predicted; the metric `fvu` compares with its variance.
+      sparsity: λ of this step.
+      fits: whether the codes had places enough.
+      train: the schedule.
+      frozen_decoder: leave the decoder as it is.
+    """
+    params, fixed = eqx.partition(dictionary, trainable(dictionary, frozen_decoder))
     if train.decoder == "unit" and not frozen_decoder:
-        w = dictionary.w_dec
-        along = (grads.w_dec * w).sum(1, keepdims=True)
-        grads = eqx.tree_at(lambda d: d.w_dec, grads, grads.w_dec - along * w)
+        across = jax.tree.map(_across, grads.w_dec, dictionary.w_dec)
+        grads = eqx.tree_at(lambda d: d.w_dec, grads, across)
     params, moments = _moved(params, grads, state, train)
     dictionary = eqx.combine(params, fixed)
     dictionary = _constrained(dictionary, parts, train, state.step, frozen_decoder)
-    l0 = parts.fired.sum() / x.shape[0]
-    centred = y - y.mean(0)[None, :]
+    # of a cross-layer transcoder: per token and layer
+    l0 = parts.fired.sum() / (y.size // y.shape[-1])
+    centred = y - y.mean(0)[None]
+    dead = state.since_fired >= train.dead_after
     metrics = {
         "loss": total,
         "reconstruction": parts.reconstruction,
         "penalty": parts.penalty,
         "auxiliary": parts.auxiliary,
-        "fvu": parts.error / jnp.maximum((centred * centred).sum() / x.shape[0], 1e-30),
+        "fvu": parts.error / jnp.maximum((centred * centred).sum() / y.shape[0], 1e-30),
         "l0": l0,
-        "dead_fraction": dead.mean(dtype=x.dtype),
-        "sparsity": coefficients.sparsity,
-        "overflow": 1.0 - fits.astype(x.dtype),
+        "dead_fraction": dead.mean(dtype=y.dtype),
+        "sparsity": sparsity,
+        "overflow": 1.0 - fits.astype(y.dtype),
     }
     since_fired = jnp.where(parts.fired > 0, 0, state.since_fired + 1)
     mean_l0 = jnp.where(state.step == 0, l0, L0_DECAY * state.l0 + (1 - L0_DECAY) * l0)
@@ -107,8 +142,6 @@ def update(
         l0=mean_l0,
         knobs=state.knobs,
     )
-    if train.resample_every and not frozen_decoder:
-        state = resample(state, x, y, objective, train)
     return state, metrics
 
 
@@ -149,7 +182,7 @@ def _moved(params: PyTree, grads: PyTree, state: TrainState, train: TrainConfig)
     return jax.tree.map(lambda p, u: p - step_size * u, params, updates), moments
 
 
-def _with_k(state: TrainState, train: TrainConfig) -> Dictionary:
+def with_k(state: TrainState[Dictionary], train: TrainConfig) -> Dictionary:
     """The dictionary with this step's number of codes."""
     activation = state.dictionary.activation
     if not isinstance(activation, TopK | BatchTopK) or activation.k_now is None:
@@ -161,7 +194,8 @@ def _with_k(state: TrainState, train: TrainConfig) -> Dictionary:
     return eqx.tree_at(lambda d: d.activation.k_now, state.dictionary, jnp.round(k).astype(jnp.int32))
 
 
-def _coefficients(state: TrainState, objective: Objective, train: TrainConfig) -> Coefficients:
+def scheduled(state: TrainState, objective: Objective, train: TrainConfig) -> Coefficients:
+    """The numbers of the loss at the state's step."""
     step = state.step.astype(jnp.float32)
     sparsity = state.knobs.sparsity * jnp.exp(state.log_sparsity)
     if train.sparsity_warmup_steps:
@@ -179,12 +213,17 @@ def _controlled(state: TrainState, l0: Array, train: TrainConfig) -> Array:
     return state.log_sparsity + train.control * jnp.clip(wrong, -1.0, 1.0)
 
 
-def _constrained(
-    dictionary: Dictionary, parts: Losses, train: TrainConfig, step: Array, frozen_decoder: bool
-) -> Dictionary:
+def _across(g: Array, w: Array) -> Array:
+    """A gradient without its part along each row of unit norm; a row has all axes but the first."""
+    along = (g * w).reshape(w.shape[0], -1).sum(1)
+    return g - along.reshape(-1, *(1,) * (w.ndim - 1)) * w
+
+
+def _constrained(dictionary: Any, parts: Losses, train: TrainConfig, step: Array, frozen_decoder: bool) -> Any:
     """Unit rows, thresholds that are not negative, and BatchTopK's running threshold."""
     if train.decoder == "unit" and not frozen_decoder:
-        dictionary = eqx.tree_at(lambda d: d.w_dec, dictionary, unit_rows(dictionary.w_dec))
+        units = jax.tree.map(lambda w: unit_rows(w.reshape(w.shape[0], -1)).reshape(w.shape), dictionary.w_dec)
+        dictionary = eqx.tree_at(lambda d: d.w_dec, dictionary, units)
     activation = dictionary.activation
     if isinstance(activation, JumpReLU):
         return eqx.tree_at(lambda d: d.activation.threshold, dictionary, jnp.maximum(activation.threshold, 0.0))
