@@ -136,9 +136,9 @@ class Training:
 
 
 class Trainings:
-    """Several trainings in one program, or one of them; a call is `STEPS` steps."""
+    """Several trainings in one program, or one of them; a call is `STEPS` steps, as a call of `fit_many` is many."""
 
-    STEPS = 2
+    STEPS = 10
 
     def __init__(self, n: int, shape: Shape, *, key: PRNGKeyArray, stacked: str | None = None):
         """Starts them.

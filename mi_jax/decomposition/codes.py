@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 # tokens (or pairs) whose rows are gathered at once: few enough to stay in a core's cache
-TOKENS_AT_ONCE = 32
+TOKENS_AT_ONCE = 4
 # tokens whose sums stay in cache while their places are added one after the other
 TOKENS_IN_BLOCK = 256
 PAIRS_AT_ONCE = 512
