@@ -153,7 +153,7 @@ def fit_many(
       objective: the loss.
       train: the schedule.
       keys: one per dictionary, for its start; the first also draws the order of the tokens.
-      knobs: leaves with one entry per dictionary, or scalars for all.
+      knobs: one entry per dictionary in every leaf; those of the configurations, for all, if not given.
       targets: what transcoders predict.
       progress: as in `fit`, with stacked states and metrics averaged over the dictionaries.
       together: `jax.vmap` over the dictionaries (None: where there is an accelerator) or one after the other: a CPU
