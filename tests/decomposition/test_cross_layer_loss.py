@@ -154,6 +154,7 @@ def test_dense_gradients_are_finite_differences(tying):
         np.testing.assert_allclose((ahead - behind) / 2, along, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tied_transcoder_is_its_untied_one():
     with jax.enable_x64(True):
         objective = Objective(penalty="l1", auxiliary="auxk", **AUX)

@@ -142,6 +142,7 @@ def test_resumes_to_the_same_numbers(planted, trained):
     jax.tree.map(np.testing.assert_array_equal, resumed, transcoder)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_equals_one_device(planted):
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
     # the places of batchtopk are chosen over the tokens and latents of all devices

@@ -46,7 +46,11 @@ def objectives(activation):
 
 
 MATRIX = [(a, *o, "sae") for a in COMBINATIONS for o in objectives(a)] + [
-    (a, c.reconstructions[-1], c.penalties[-1], c.auxiliaries[-1], topology)
+    pytest.param(
+        *(a, c.reconstructions[-1], c.penalties[-1], c.auxiliaries[-1], topology),
+        # the same code with other widths: two activations are enough by default
+        marks=() if a in ("jumprelu", "batchtopk") else pytest.mark.slow,
+    )
     for a, c in COMBINATIONS.items()
     for topology in list(TOPOLOGIES)[1:]
     if not (a == "matching_pursuit" and "transcoder" in topology)

@@ -51,16 +51,15 @@ class Stopped(Exception):
     pass
 
 
-def run(model, tokens, folder=None, *, stop=None, mesh=None, every=4):
+def run(model, tokens, folder=None, *, names=None, stop=None, mesh=None, every=4):
     def progress(step, metrics):
         if stop is not None and step >= stop:
             raise Stopped
 
     checkpoints = None if folder is None else Checkpoints(folder)
     stream = stream_of(model, tokens, mesh)
-    return fit_stream(
-        stream, trainings(), checkpoints=checkpoints, checkpoint_every=every, progress=progress, mesh=mesh
-    )
+    chosen = {name: training for name, training in trainings().items() if names is None or name in names}
+    return fit_stream(stream, chosen, checkpoints=checkpoints, checkpoint_every=every, progress=progress, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +93,10 @@ def test_a_finished_run_is_read_and_not_run_again(model, tokens, tmp_path):
 
 def test_a_run_goes_on_on_eight_devices_to_equal_numbers(model, tokens, whole, tmp_path):
     with pytest.raises(Stopped):
-        run(model, tokens, tmp_path / "run", stop=9)
+        run(model, tokens, tmp_path / "run", names=("topk", "transcoder"), stop=9)
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
-    dictionaries, curves = run(model, tokens, tmp_path / "run", mesh=mesh)
+    dictionaries, curves = run(model, tokens, tmp_path / "run", names=("topk", "transcoder"), mesh=mesh)
+    assert set(curves) == {"topk", "transcoder"}
     for name, curve in curves.items():
         np.testing.assert_allclose(curve["loss"], whole[1][name]["loss"], rtol=1e-5, err_msg=name)
     assert not dictionaries["topk"].w_dec.sharding.is_fully_replicated
