@@ -2,7 +2,7 @@
 
     python -m experiments.sae_synthetic --workdir=runs/sae_synthetic
 
-8 to 12 minutes and 2.1 GB on 2 CPU cores; the same command again resumes after the last finished stage, and
+10 to 30 minutes and 2.1 GB on 2 CPU cores; the same command again resumes after the last finished stage, and
 `--config.smoke=true` runs everything in a minute at sizes that mean nothing. It writes `results.json` and a
 `report.html` with the ranking. All figures are means over three seeds with Student's intervals.
 
