@@ -5,8 +5,8 @@
     python -m experiments.train_sae --workdir=runs/c --config.model=DIRECTORY --config.text=corpus.txt
 
 By default: SmolLM2-135M, the residual stream after layer 15, TopK with 4,096 latents and 32 codes, 500,000 tokens of
-Python's documentation. 10 to 15 minutes and 4 GB on 2 CPU cores. One pass of the model, cut off after the layer, serves the
-dictionary and its null, a dictionary whose random directions are never trained.
+Python's documentation. 10 to 15 minutes and 4 GB on 2 CPU cores. One pass of the model, cut off after the layer, serves
+the dictionary and its null, a dictionary whose random directions are never trained.
 
 It writes `dictionary/` and `null/` (in the format of `--config.save_format`; SAELens by default), the loss of every
 step in `checkpoints/curves.safetensors`, and `results.json` with `train_sae.fvu`, `.l0`, `.ce_recovered`,
