@@ -50,7 +50,8 @@ def run_training(config: TrainSAEConfig, workdir: str, *, console: Console | Non
     subject = Subject(config)
     # what cannot work is found before anything is written
     config.dictionary(config.d_sae, config.d_sae)
-    _ = subject.sites, subject.model
+    subject.model.site_table.normalise(subject.sites)
+    _ = subject.text
     folder = Workdir.open(workdir, config, experiment="train_sae")
     stages = [
         Stage("train", "training", functools.partial(train, subject, folder), 420),
