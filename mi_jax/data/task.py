@@ -39,6 +39,10 @@ class Task(eqx.Module):
         pick = jnp.take_along_axis(at, jnp.stack([self.answer, self.distractor], 1), axis=1)
         return pick[:, 0] - pick[:, 1]
 
+    def metric(self, logits: Float[Array, "batch 1 d_vocab"]) -> Float[Array, " batch"]:
+        """What circuits are scored by, of every pair: larger where the model does the task."""
+        return self.logit_difference(logits)
+
     def answer_probability(self, logits: Float[Array, "batch 1 d_vocab"]) -> Float[Array, " batch"]:
         """Probability of the answer among all tokens."""
         return jnp.take_along_axis(jax.nn.softmax(logits[:, 0]), self.answer[:, None], axis=1)[:, 0]
