@@ -76,6 +76,17 @@ def test_vmap_equals_loop(arrays, make):
         assert_close({name: g[i] for name, g in grads.items()}, dense(one))
 
 
+@pytest.mark.parametrize("make", [placed, pairs])
+def test_scatter_of_more_places_than_are_sorted_together(arrays, make, monkeypatch):
+    h = arrays["x"] @ arrays["w_enc"].T
+    where = make(h)
+    want = jnp.zeros((TOKENS, D_SAE)).at[jnp.arange(TOKENS)[:, None], placed(h).latents].set(1.0).T @ arrays["x"]
+    monkeypatch.setattr(codes, "SORT_KEYS", 8 * (D_SAE + 1))
+    values = (where.latents < D_SAE).astype(jnp.float64)
+    got = jax.jit(lambda v: where.scatter(v, arrays["x"], D_SAE))(values)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
 def test_scatter_adds_what_repeats_and_drops_what_is_empty():
     values, latents = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[0, 2], [2, 2]])
     rows = jnp.array([[1.0, 10.0], [2.0, 20.0]])
