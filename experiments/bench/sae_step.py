@@ -263,7 +263,8 @@ class Bench:
 
     def _run_peer(self, python: Path, arrays: Path, options: Sequence[str]) -> dict[str, Any]:
         given = [f"--arrays={arrays}", f"--k={self.shape.k}", f"--repeats={PEER_STEPS}"]
-        return run_script(python, SCRIPT, *given, f"--threads={self.config.threads}", *options)
+        device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+        return run_script(python, SCRIPT, *given, f"--threads={self.config.threads}", f"--device={device}", *options)
 
     def _without_peer(self, error: PeerError) -> None:
         self.console.print(f"without SAELens: {error}", markup=False, soft_wrap=True)

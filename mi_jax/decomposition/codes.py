@@ -55,7 +55,6 @@ class Placed(eqx.Module):
         self, values: Float[Array, "token place"], rows: Float[Array, "token width"], d_sae: int
     ) -> Float[Array, "d_sae width"]:
         """Σ values · rows[token], per latent: codesᵀ @ rows."""
-
         n_tokens, k = self.latents.shape
         tokens = jnp.broadcast_to(jnp.arange(n_tokens, dtype=jnp.int32)[:, None], (n_tokens, k))
 
@@ -114,8 +113,8 @@ def _scatter_pairs(
 def _in_order(values: Array, source: Array, target: Array, rows: Array, size: int) -> Array:
     """The same on a CPU, for targets in any order.
 
-    XLA's CPU scatter is serial and as fast as its memory. Sorted, the additions to one row follow each other while it is
-    in cache, which is worth several times the sort. One integer holds target and place, since XLA sorts one array of
+    XLA's CPU scatter is serial and as fast as its memory. Sorted, the additions to one row follow each other while it
+    is in cache, which gains more than the sort costs. One integer holds target and place, since XLA sorts one array of
     integers much faster than two; as many places are sorted together as the integer has room for.
     """
     n, limit = target.shape[0], SORT_KEYS // (size + 1)

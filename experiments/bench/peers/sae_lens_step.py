@@ -4,12 +4,12 @@
 # ///
 """Training steps of a TopK sparse autoencoder with SAELens' own trainer, timed.
 
-    python sae_lens_step.py [--arrays FILE.safetensors] [--k 32] [--sparse] [--repeats 3] [--threads 2]
+    python sae_lens_step.py [--arrays FILE.safetensors] [--k 32] [--sparse] [--repeats 3] [--threads 2] [--device cpu]
 
 `--arrays` holds `batches` `[batches batch d_model]`, `w_enc` and `w_dec` `[d_sae d_model]`, `b_enc` and `b_dec`. If it
 is not given they are random: 2 batches of 4,096, of width 768, and 12,288 latents. A step is `SAETrainer.step`:
 forward, its default auxiliary loss, backward, clipping to norm 1, Adam; float32, no autocast, no compilation, no
-logging. `--sparse` keeps codes in sparse tensors (`use_sparse_activations`), without `rescale_acts_by_decoder_norm`.
+logging. On a GPU (`--device=cuda`) matmuls may round to TF32, as JAX's do by default. `--sparse` keeps codes in sparse tensors (`use_sparse_activations`), without `rescale_acts_by_decoder_norm`.
 Step t is on batch t modulo their number; the first step is not timed. One JSON object is printed: the seconds of every
 later step, and of all steps the loss and the squared error before the update.
 """
@@ -72,24 +72,30 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arrays = safetensors.torch.load_file(arguments.arrays) if arguments.arrays else random_arrays()
-    batches, n_steps = arrays["batches"], 1 + arguments.repeats
+    torch.backends.cuda.matmul.allow_tf32 = True
+    batches, n_steps = arrays["batches"].to(arguments.device), 1 + arguments.repeats
     config = SAETrainerConfig(
         total_training_samples=n_steps * batches.shape[1],
         train_batch_size_samples=batches.shape[1],
         lr=LEARNING_RATE,
         lr_end=LEARNING_RATE,
+        device=arguments.device,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    trainer = SAETrainer(config, dictionary(arrays, arguments.k, sparse=arguments.sparse), iter(()))
+    sae = dictionary(arrays, arguments.k, sparse=arguments.sparse).to(arguments.device)
+    trainer = SAETrainer(config, sae, iter(()))
     taken, losses, errors = [], [], []
     for step in range(n_steps):
         batch = batches[step % len(batches)]
         start = time.perf_counter()
         output = trainer.step(batch)
         trainer.n_training_steps += 1
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
         losses.append(output.loss.item())
         errors.append((output.sae_out - output.sae_in).detach().pow(2).sum(-1).mean().item())
