@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# tokens (or pairs) whose rows are gathered at once: few enough to stay in a core's cache
+# On a CPU: tokens (or pairs) whose rows are gathered at once, few enough to stay in a core's cache.
 TOKENS_AT_ONCE = 4
-# tokens whose sums stay in cache while their places are added one after the other
+# On a CPU: tokens whose sums stay in cache while their places are added one after the other
 TOKENS_IN_BLOCK = 256
 PAIRS_AT_ONCE = 128
+# places of every token that an accelerator adds in one kernel
+PLACES_FUSED = 32
 # how many numbers a sorted integer can be
 SORT_KEYS = 2**32
 
@@ -31,25 +33,20 @@ class Placed(eqx.Module):
         self, values: Float[Array, "token place"], weights: Float[Array, "d_sae width"]
     ) -> Float[Array, "token width"]:
         """Σ values · weights[latent], per token."""
-        n_tokens, k = self.latents.shape
-        block = math.gcd(n_tokens, TOKENS_IN_BLOCK)
-
-        def of_block(code):
-            def add(total, place):
-                v, i = place
-                return total + v[:, None] * weights[i], None
-
-            empty = jnp.zeros((block, weights.shape[1]), weights.dtype)
-            return lax.scan(add, empty, (code[0].T, code[1].T))[0]
-
-        blocks = (a.reshape(-1, block, k) for a in (values, self.latents))
-        return lax.map(of_block, tuple(blocks)).reshape(n_tokens, -1)
+        return lax.platform_dependent(values, self.latents, weights, cpu=_sums_in_blocks, default=_sums_at_once)
 
     def dot(
         self, rows: Float[Array, "token width"], weights: Float[Array, "d_sae width"]
     ) -> Float[Array, "token place"]:
         """weights[latent] · rows[token], for every value."""
-        return lax.map(lambda at: weights[at[0]] @ at[1], (self.latents, rows), batch_size=TOKENS_AT_ONCE)
+
+        def in_turn(latents, rows, weights):
+            return lax.map(lambda at: weights[at[0]] @ at[1], (latents, rows), batch_size=TOKENS_AT_ONCE)
+
+        def at_once(latents, rows, weights):
+            return (weights[latents] * rows[:, None, :]).sum(-1)
+
+        return lax.platform_dependent(self.latents, rows, weights, cpu=in_turn, default=at_once)
 
     def scatter(
         self, values: Float[Array, "token place"], rows: Float[Array, "token width"], d_sae: int
@@ -82,17 +79,60 @@ class Pairs(eqx.Module):
 
     def dot(self, rows: Float[Array, "token width"], weights: Float[Array, "d_sae width"]) -> Float[Array, " pair"]:
         """weights[latent] · rows[token], for every value."""
-        return lax.map(
-            lambda pair: (weights[pair[1]] * rows[pair[0]]).sum(),
-            (self.tokens, self.latents),
-            batch_size=PAIRS_AT_ONCE,
-        )
+
+        def at_once(tokens, latents, rows, weights):
+            return (weights[latents] * rows[tokens]).sum(-1)
+
+        def in_turn(tokens, latents, rows, weights):
+            def one(pair):
+                return at_once(*pair, rows, weights)
+
+            return lax.map(one, (tokens, latents), batch_size=PAIRS_AT_ONCE)
+
+        return lax.platform_dependent(self.tokens, self.latents, rows, weights, cpu=in_turn, default=at_once)
 
     def scatter(
         self, values: Float[Array, " pair"], rows: Float[Array, "token width"], d_sae: int
     ) -> Float[Array, "d_sae width"]:
         """Σ values · rows[token], per latent: codesᵀ @ rows."""
         return _scatter_pairs(values, self.tokens, self.latents, rows, d_sae)
+
+
+def _sums_in_blocks(values: Array, latents: Array, weights: Array) -> Array:
+    """Σ values · weights[latent] per token on a CPU, a few tokens at a time, so that their sums stay in cache."""
+    n_tokens, k = latents.shape
+    block = math.gcd(n_tokens, TOKENS_IN_BLOCK)
+
+    def of_block(code):
+        def add(total, place):
+            v, i = place
+            return total + v[:, None] * weights[i], None
+
+        empty = jnp.zeros((block, weights.shape[1]), weights.dtype)
+        return lax.scan(add, empty, (code[0].T, code[1].T))[0]
+
+    blocks = (a.reshape(-1, block, k) for a in (values, latents))
+    return lax.map(of_block, tuple(blocks)).reshape(n_tokens, -1)
+
+
+def _sums_at_once(values: Array, latents: Array, weights: Array) -> Array:
+    """The same on an accelerator: for all tokens, some places in one fused kernel that keeps no gathered row."""
+    n_tokens, k = latents.shape
+    total = jnp.zeros((n_tokens, weights.shape[1]), weights.dtype)
+    n_whole = k // PLACES_FUSED
+
+    def add(total, code):
+        for v, i in zip(*code, strict=True):
+            total = total + v[:, None] * weights[i]
+        return total, None
+
+    whole = (a.T[: n_whole * PLACES_FUSED].reshape(n_whole, PLACES_FUSED, n_tokens) for a in (values, latents))
+    if n_whole > 1:
+        total, _ = lax.scan(add, total, tuple(whole))
+        rest = tuple(a.T[n_whole * PLACES_FUSED :] for a in (values, latents))
+    else:
+        rest = (values.T, latents.T)
+    return add(total, rest)[0]
 
 
 def _scatter_pairs(

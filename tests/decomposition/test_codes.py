@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mi_jax.decomposition import codes
+from mi_jax.decomposition import TopK, codes
+from mi_jax.decomposition.activations import top
 from mi_jax.decomposition.codes import Pairs, Placed, attach, decode
 
 TOKENS, WIDTH, D_SAE, K = 12, 7, 20, 4
@@ -96,20 +97,37 @@ def test_scatter_adds_what_repeats_and_drops_what_is_empty():
     np.testing.assert_array_equal(listed.scatter(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0]), rows, 3), want)
 
 
-def test_an_accelerators_scatter_is_a_cpus(monkeypatch):
+@pytest.mark.parametrize("fused", [2, 3, 32])
+def test_what_an_accelerator_runs_gives_what_a_cpu_runs(monkeypatch, fused):
     rng = np.random.default_rng(2)
     latents = jnp.asarray(rng.integers(0, 6, (5, 3)))
-    values, rows = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 3), (5, 4)))
+    values, rows, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 3), (5, 4), (6, 4)))
     tokens = jnp.broadcast_to(jnp.arange(5)[:, None], (5, 3)).reshape(-1)
-    where = Placed(latents), Pairs(tokens, latents.reshape(-1), 5)
+    monkeypatch.setattr(codes, "PLACES_FUSED", fused)
 
-    def both():
-        return where[0].scatter(values, rows, 6), where[1].scatter(values.reshape(-1), rows, 6)
+    def products():
+        for where, v in ((Placed(latents), values), (Pairs(tokens, latents.reshape(-1), 5), values.reshape(-1))):
+            yield where.combine(v, weights)
+            yield where.dot(rows, weights)
+            yield where.scatter(v, rows, 6)
 
-    cpu = both()
+    cpu = list(products())
     monkeypatch.setattr(codes.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    for a, b in zip(cpu, both(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    for a, b in zip(cpu, products(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_accelerator_chooses_as_a_cpu_does(monkeypatch):
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((8, 4), (48, 4))))
+    activation = TopK(3)
+    cpu = activation.choose(x, w, jnp.zeros(48))
+    monkeypatch.setattr(top, "TOKENS_AT_ONCE", 2)
+    monkeypatch.setattr(top, "HELD_AT_ONCE", 4 * 48)
+    for platform in ("cpu", "default"):
+        monkeypatch.setattr(top.lax, "platform_dependent", lambda *args, platform=platform, **by: by[platform](*args))
+        chosen = activation.choose(x, w, jnp.zeros(48))
+        np.testing.assert_array_equal(chosen.where.latents, cpu.where.latents)
+        np.testing.assert_allclose(chosen.h, cpu.h, rtol=1e-6)
 
 
 def test_dense_and_fired():

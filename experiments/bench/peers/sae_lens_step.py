@@ -9,9 +9,10 @@
 `--arrays` holds `batches` `[batches batch d_model]`, `w_enc` and `w_dec` `[d_sae d_model]`, `b_enc` and `b_dec`. If it
 is not given they are random: 2 batches of 4,096, of width 768, and 12,288 latents. A step is `SAETrainer.step`:
 forward, its default auxiliary loss, backward, clipping to norm 1, Adam; float32, no autocast, no compilation, no
-logging. On a GPU (`--device=cuda`) matmuls may round to TF32, as JAX's do by default. `--sparse` keeps codes in sparse tensors (`use_sparse_activations`), without `rescale_acts_by_decoder_norm`.
-Step t is on batch t modulo their number; the first step is not timed. One JSON object is printed: the seconds of every
-later step, and of all steps the loss and the squared error before the update.
+logging. On a GPU (`--device=cuda`) matmuls may round to TF32, as JAX's do by default. `--sparse` keeps codes in sparse
+tensors (`use_sparse_activations`), without `rescale_acts_by_decoder_norm`. Step t is on batch t modulo their number;
+the first step is not timed. One JSON object is printed: the seconds of every later step, and of all steps the loss and
+the squared error before the update.
 """
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 

@@ -13,8 +13,10 @@ from mi_jax.decomposition.activations.base import Activation, Chosen
 from mi_jax.decomposition.codes import Pairs, Placed, dense
 from mi_jax.decomposition.selection import kth_largest, largest_of_batch, top_k
 
-# tokens whose pre-activations are held at once where nothing needs the whole batch's
+# Pre-activations that are held at once where nothing needs the whole batch's: on a CPU, of few enough tokens to stay in
+# its cache until the largest are chosen; elsewhere as many as memory has room for, since each block costs its launches.
 TOKENS_AT_ONCE = 512
+HELD_AT_ONCE = 2**29
 
 
 class TopK(Activation):
@@ -40,16 +42,23 @@ class TopK(Activation):
         return jnp.where(used, values, 0.0), jnp.where(used, latents, h.shape[1])
 
     def choose(self, x, w_enc, b_enc):
-        n = x.shape[0]
+        def by_blocks(size):
+            def places(x, w_enc, b_enc):
+                n = x.shape[0]
 
-        def some(rows):
-            return self.places_of(rows @ w_enc.T + b_enc[None, :])
+                def some(rows):
+                    return self.places_of(rows @ w_enc.T + b_enc[None, :])
 
-        if n > TOKENS_AT_ONCE and n % TOKENS_AT_ONCE == 0:
-            h, latents = lax.map(some, x.reshape(-1, TOKENS_AT_ONCE, x.shape[1]))
-            h, latents = h.reshape(n, -1), latents.reshape(n, -1)
-        else:
-            h, latents = some(x)
+                if n <= size or n % size:
+                    return some(x)
+                h, latents = lax.map(some, x.reshape(-1, size, x.shape[1]))
+                return h.reshape(n, -1), latents.reshape(n, -1)
+
+            return places
+
+        large = max(TOKENS_AT_ONCE, 1 << (HELD_AT_ONCE // w_enc.shape[0]).bit_length() - 1)
+        args = (x, w_enc, b_enc)
+        h, latents = lax.platform_dependent(*args, cpu=by_blocks(TOKENS_AT_ONCE), default=by_blocks(large))
         return Chosen(h, Placed(latents), jnp.array(True))
 
     def value(self, h, at, b_enc):
