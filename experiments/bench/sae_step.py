@@ -4,7 +4,8 @@
 
 Random activations of width 768, 12,288 latents, 32 codes per token, 4,096 tokens per step, float32. `sae_step.seconds`
 is one TopK step, in place: choosing, loss, exact gradients, Adam, unit decoder rows, statistics; `cold_seconds` is the
-first one, tracing and compilation included. `limit.py` and `step_limit.py` say what the limit is.
+first one, tracing and compilation included; `loop_seconds` is a step of `fit`, which runs many in one program.
+`limit.py` and `step_limit.py` say what the limit is.
 
 SAELens' own trainer (torch on the CPU, as many threads, no autocast, no compilation) starts from the same weights and
 sees the same batches; the two run one after the other, never at the same time. `vs_saelens` is against its default
@@ -19,8 +20,7 @@ two and SAELens' decay rates, timed as `as_sae_lens_vs_topk`, must find the same
 in which every latent counts as dead, so that its auxiliary loss is computed. JumpReLU has 64 places per token and a
 threshold that gives 32 codes per token at the start; `jumprelu_overflow` is the share of steps that did not fit and
 were computed densely. `vmapped8_vs_8` is one program that trains 8 smaller dictionaries (512 wide, 4,096 latents,
-1,024 tokens), in the way that `fit_many` does on this machine, over 8 trainings of one; `many.map_vs_8` and
-`many.vmap_vs_8` are its two ways.
+1,024 tokens), as `fit_many` does, over 8 trainings of one; `many.map_vs_8` and `many.vmap_vs_8` are its two ways.
 
 `memory.<architecture>_temporary_mb` is what XLA says the compiled step needs beside its state, its gradients included;
 `memory.dense_codes_mb` is one array of tokens × latents. `memory.dense_arrays_kept` counts the arrays of that size that
@@ -150,6 +150,9 @@ class Bench:
                     except PeerError as error:
                         self._without_peer(error)
                         python, runs = None, {}
+        loop = Trainings(1, shape, key=self.key)
+        seconds(loop.call)
+        in_loop = [seconds(loop.call) / loop.STEPS for _ in range(self.config.rounds)]
         strict = step_limit.step_seconds(
             shape.d_in, shape.d_sae, shape.batch, matmul_rate=matmul, write_rate=write, adam=adam
         )
@@ -158,6 +161,7 @@ class Bench:
             "sae_step.seconds": statistics.median(warm),
             "sae_step.seconds_low": min(warm),
             "sae_step.seconds_high": max(warm),
+            "sae_step.loop_seconds": statistics.median(in_loop),
             "sae_step.cold_seconds": statistics.median(cold),
             "sae_step.compile_seconds": statistics.median(cold) - statistics.median(warm),
             "sae_step.tokens_per_second": shape.batch / statistics.median(warm),
@@ -250,8 +254,7 @@ class Bench:
                 f"many.{stacked}_vs_8_low": min(compared),
                 f"many.{stacked}_vs_8_high": max(compared),
             }
-        chosen = "map" if jax.default_backend() == "cpu" else "vmap"
-        return results | {"sae_step.vmapped8_vs_8": results[f"many.{chosen}_vs_8"]}
+        return results | {"sae_step.vmapped8_vs_8": results["many.map_vs_8"]}
 
     def _peer(self) -> Path | None:
         """The peer's interpreter; if it cannot be had it is left out, after a line that says why."""

@@ -85,7 +85,8 @@ class Pairs(eqx.Module):
 
         def in_turn(tokens, latents, rows, weights):
             def one(pair):
-                return at_once(*pair, rows, weights)
+                token, latent = pair
+                return at_once(token, latent, rows, weights)
 
             return lax.map(one, (tokens, latents), batch_size=PAIRS_AT_ONCE)
 

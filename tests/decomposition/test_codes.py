@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mi_jax.decomposition import TopK, codes
-from mi_jax.decomposition.activations import top
+from mi_jax.decomposition import codes
+from mi_jax.decomposition.activations import TopK, top
 from mi_jax.decomposition.codes import Pairs, Placed, attach, decode
 
 TOKENS, WIDTH, D_SAE, K = 12, 7, 20, 4

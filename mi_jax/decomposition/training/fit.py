@@ -143,7 +143,7 @@ def fit_many(
     knobs: Knobs | None = None,
     targets: Float[Array, "n d_out"] | None = None,
     progress: Report | None = None,
-    together: bool | None = None,
+    together: bool = False,
 ) -> tuple[list[Dictionary], list[History]]:
     """Trains several dictionaries on the same batches in one compiled program: seeds, λ, k, rates, targets of L0.
 
@@ -156,8 +156,8 @@ def fit_many(
       knobs: one entry per dictionary in every leaf; those of the configurations, for all, if not given.
       targets: what transcoders predict.
       progress: as in `fit`, with stacked states and metrics averaged over the dictionaries.
-      together: `jax.vmap` over the dictionaries (None: where there is an accelerator) or one after the other: a CPU
-        gains nothing from the former.
+      together: `jax.vmap` over the dictionaries, for ones so small that they do not fill an accelerator; otherwise
+        one after the other, which is faster (`experiments.bench.sae_step` measures both).
 
     Returns:
       The dictionaries, and a history for each.
@@ -181,7 +181,6 @@ def fit_many(
         for i in range(n)
     ]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    together = jax.default_backend() != "cpu" if together is None else together
     stacked = "vmap" if together else "map"
     state, histories = run_steps(state, source, k_order, objective, train, False, progress, stacked)
     scale_y = source.scale_y if targets is not None else None
