@@ -1,18 +1,22 @@
 """Indirect object identification (Wang et al. 2022): "When A and B went to the store, B gave a drink to" → A.
 
 The counterfactual changes the second subject. "swap" puts the other name there, so that the answer becomes B; "third"
-puts a third name there, so that nothing tells the two apart.
+puts a third name there, so that nothing tells the two apart. "abc" puts three other names in all places, as the paper's
+own mean ablation does.
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
+from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
+from mi_jax.data.tasks.prompts import Pair, draw_task, fill, one_token
 from mi_jax.data.tokenizer import Tokenizer
+
+Counterfactual = Literal["swap", "third", "abc"]
 
 TEMPLATES = (
     "When {a} and {b} went to the {place}, {s} gave a {thing} to",
@@ -28,6 +32,10 @@ NAMES = (
 ).split()
 PLACES = "store park school office garden station hospital restaurant library beach".split()
 THINGS = "drink book ring letter ball key bottle map ticket coin".split()
+DIFFICULTY = (
+    "SmolLM2-135M (120 pairs, seed 0): the indirect object above the subject in 0.992 [0.954, 0.999], chance 0.5; with "
+    "a third name as the second subject 0.49, with three other names 0.44. GPT-2 small does it (Wang et al. 2022)."
+)
 
 
 def indirect_object_identification(
@@ -36,44 +44,52 @@ def indirect_object_identification(
     *,
     seed: int,
     templates: Sequence[str] = TEMPLATES,
-    counterfactual: Literal["swap", "third"] = "swap",
+    counterfactual: Counterfactual = "swap",
+    special_tokens: bool = False,
 ) -> Task:
     """Draws n prompts, half of them with the indirect object named first, half second.
 
-    Only names, places and things that are one token enter, so that clean and corrupt prompts align.
+    Only names, places and things that are one token enter, so that clean and corrupt prompts align. The roles are the
+    paper's: IO, S1, S1+1 (the token after it), S2 and END.
 
     Raises:
-      ValueError: no template, or fewer than three names, are usable with this tokenizer.
+      InputError: no template, or too few names, are usable with this tokenizer.
     """
-    names = [name for name in NAMES if len(tokenizer.encode(f" {name}")) == 1]
-    places, things = ([w for w in words if len(tokenizer.encode(f" {w}")) == 1] for words in (PLACES, THINGS))
-    if not templates or len(names) < 3 or not places or not things:
-        raise ValueError(f"IOI needs a template, three one-token names, a place and a thing; the tokenizer has {names}")
+    names, places, things = (one_token(tokenizer, words) for words in (NAMES, PLACES, THINGS))
+    needed = 6 if counterfactual == "abc" else 3
+    if counterfactual not in ("swap", "third", "abc"):
+        raise InputError(f"IOI: no counterfactual {counterfactual!r}; there are 'swap', 'third' and 'abc'")
+    if not templates or len(names) < needed or not places or not things:
+        raise InputError(
+            f"IOI needs a template, {needed} one-token names, a place and a thing; the tokenizer has {names}"
+        )
     for template in templates:
         missing = {"a", "b", "s", "place", "thing"} - {field for _, field, _, _ in string.Formatter().parse(template)}
         if missing:
-            raise ValueError(f"IOI template {template!r} lacks {', '.join(sorted(missing))}")
+            raise InputError(f"IOI template {template!r} lacks {', '.join(sorted(missing))}")
     rng = np.random.default_rng(seed)
-    clean, corrupt, answers, distractors = [], [], [], []
-    for i in range(n):
-        io, subject, third = rng.choice(names, 3, replace=False)
-        first, second = (io, subject) if i % 2 else (subject, io)
-        words = {"a": first, "b": second, "place": rng.choice(places), "thing": rng.choice(things)}
+    pairs = _pairs(rng, (names, places, things), templates, counterfactual)
+    return draw_task("ioi", tokenizer, pairs, n, difficulty=DIFFICULTY, special_tokens=special_tokens)
+
+
+def _pairs(
+    rng: np.random.Generator, words: Sequence[list[str]], templates: Sequence[str], counterfactual: Counterfactual
+) -> Iterator[Pair]:
+    names, places, things = words
+    i = 0
+    while True:
+        drawn = rng.choice(names, 6 if counterfactual == "abc" else 3, replace=False)
+        io, subject, third, *others = (str(name) for name in drawn)
+        order = ("a", "b") if i % 2 else ("b", "a")
+        shared = {"place": str(rng.choice(places)), "thing": str(rng.choice(things))}
         # consecutive pairs share a template, so that it is balanced over the two orders of the names
-        template = templates[(i // 2) % len(templates)]
-        clean.append(template.format(s=subject, **words))
-        corrupt.append(template.format(s=io if counterfactual == "swap" else third, **words))
-        answers.append(tokenizer.single(f" {io}"))
-        distractors.append(tokenizer.single(f" {subject}"))
-    clean_tokens, mask = tokenizer.batch(clean)
-    corrupt_tokens, corrupt_mask = tokenizer.batch(corrupt)
-    assert (mask == corrupt_mask).all()
-    return Task(
-        "ioi",
-        clean=jnp.asarray(clean_tokens),
-        corrupt=jnp.asarray(corrupt_tokens),
-        mask=jnp.asarray(mask),
-        answer=jnp.asarray(answers, jnp.int32),
-        distractor=jnp.asarray(distractors, jnp.int32),
-        position=jnp.asarray(mask.sum(1) - 1, jnp.int32),
-    )
+        number = (i // 2) % len(templates)
+        first = dict(zip(order, (io, subject), strict=True))
+        clean = fill(templates[number], s=subject, **first, **shared)
+        if counterfactual == "abc":
+            first = dict(zip(order, others[:2], strict=True))
+        last = {"swap": io, "third": third, "abc": others[-1] if others else third}[counterfactual]
+        corrupt = fill(templates[number], s=last, **first, **shared)
+        roles = {"IO": (order[0], 0), "S1": (order[1], 0), "S1+1": (order[1], 1), "S2": ("s", 0)}
+        yield Pair(clean, corrupt, [f" {io}"], [f" {subject}"], roles, number)
+        i += 1
