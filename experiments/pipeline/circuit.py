@@ -61,8 +61,7 @@ def circuit(subject: Subject, config: PipelineConfig, progress: Progress) -> Out
         "cmd": found.cmd,
         "cmd_null": float(cmds.mean()),
         "heads": [{"name": graph.sources[i], "score": float(heads[i])} for i in order],
-        # a score is what corrupting the edge does; a drawing shows what the edge does
-        "graph": graph.to_json(graph.prune(top_edges(scores, graph, KEPT_EDGES)), -scores),
+        "graph": graph.to_json(graph.prune(top_edges(scores, graph, KEPT_EDGES)), scores),
     }
     return Outcome(results, figures)
 

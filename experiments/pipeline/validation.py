@@ -114,7 +114,8 @@ def _mechanism(name: str, truth: Truth, found: Circuit, agreed: Agreement, null:
     effects = [
         {
             "edge": f"{graph.sources[s]}->{graph.readers[r]}",
-            "effect": float(truth.effects[s, r]),
+            # the chart shows what removing the edge changes
+            "effect": -float(truth.effects[s, r]),
             "in_truth": bool(truth.mask[s, r]),
             "found": bool(found.mask[s, r]),
         }
@@ -122,9 +123,8 @@ def _mechanism(name: str, truth: Truth, found: Circuit, agreed: Agreement, null:
     ]
     return {
         "name": name,
-        # an effect is what corrupting the edge does; a drawing shows what the edge does
-        "true": graph.to_json(truth.mask, -truth.effects),
-        "found": graph.to_json(found.mask, -found.scores),
+        "true": graph.to_json(truth.mask, truth.effects),
+        "found": graph.to_json(found.mask, found.scores),
         "precision": agreed.precision,
         "recall": agreed.recall,
         "f1": agreed.f1,

@@ -1,13 +1,22 @@
-"""Circuits: the computational graph, edge scores, search, faithfulness, and alignment with causal variables."""
+"""Circuits: the computational graph, edge scores, search, faithfulness, and alignment with causal variables.
 
+`discover` finds a circuit, `edge_scores` ranks all edges, `evaluate_circuit` says how good a circuit is. By package:
+`scores` and `search` (methods), `metrics` (figures and tests), `scrubbing` (causal scrubbing), `features` (circuits of
+dictionaries' features), `formats` (files), `das` (alignment with causal variables).
+"""
+
+from mi_jax.circuits.ablation import ablation_values as ablation_values
+from mi_jax.circuits.ablation import optimal_ablation as optimal_ablation
 from mi_jax.circuits.das import IIA as IIA
 from mi_jax.circuits.das import Boundary as Boundary
 from mi_jax.circuits.das import DASResult as DASResult
 from mi_jax.circuits.das import Triples as Triples
 from mi_jax.circuits.das import fit_das as fit_das
 from mi_jax.circuits.das import principal_angles as principal_angles
+from mi_jax.circuits.discover import SEARCHES as SEARCHES
 from mi_jax.circuits.discover import Circuit as Circuit
 from mi_jax.circuits.discover import discover as discover
+from mi_jax.circuits.exact import exact_edges as exact_edges
 from mi_jax.circuits.faithfulness import FRACTIONS as FRACTIONS
 from mi_jax.circuits.faithfulness import Curve as Curve
 from mi_jax.circuits.faithfulness import curve as curve
@@ -16,6 +25,13 @@ from mi_jax.circuits.faithfulness import random_curves as random_curves
 from mi_jax.circuits.faithfulness import random_edges as random_edges
 from mi_jax.circuits.faithfulness import top_edges as top_edges
 from mi_jax.circuits.graph import Graph as Graph
+from mi_jax.circuits.known import KnownCircuit as KnownCircuit
+from mi_jax.circuits.known import induction_circuit as induction_circuit
+from mi_jax.circuits.known import known_circuit as known_circuit
 from mi_jax.circuits.masked import masked_forward as masked_forward
-from mi_jax.circuits.masked import source_outputs as source_outputs
+from mi_jax.circuits.measures import kl_divergence as kl_divergence
+from mi_jax.circuits.metrics import CircuitReport as CircuitReport
+from mi_jax.circuits.metrics import evaluate_circuit as evaluate_circuit
+from mi_jax.circuits.scores import METHODS as METHODS
 from mi_jax.circuits.scores import edge_scores as edge_scores
+from mi_jax.circuits.sources import source_outputs as source_outputs

@@ -1,17 +1,29 @@
 """`discover`: a task in, a circuit out."""
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Array, PRNGKeyArray
 
-from mi_jax.circuits.faithfulness import faithfulness, sizes, top_edges
+from mi_jax.circuits.faithfulness import faithfulness, sizes
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.scores import Method, edge_scores
+from mi_jax.circuits.scores import METHODS, edge_scores
+from mi_jax.circuits.search import acdc, learn_mask, select_edges
+from mi_jax.circuits.search.learned import MASK_METHODS
+from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
 # Sizes that are tried, as fractions of all edges: about 8 to a factor of ten.
 _GRID = tuple(10 ** (-k / 8) for k in range(32, -1, -1))
+# circuits that are run before it is looked whether one of them is good enough
+_AT_ONCE = 8
+
+Report = Callable[[int, int], None]
+# from a model, a task and options to a circuit, and to scores of all edges if the search has any
+Search = Callable[..., tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,59 +31,158 @@ class Circuit:
     """A circuit and how it was chosen.
 
     Attributes:
-      scores: of all edges, `[source reader]`.
+      scores: of all edges, `[source reader]`, positive where an edge supports the metric; None where the method gives
+        none.
       mask: the edges of the circuit, those on no path from input to logits removed.
       faithfulness: of exactly these edges, on the pairs they were chosen with; measure it again on others.
+      ablation: what the edges outside carry.
     """
 
     graph: Graph
     method: str
-    scores: np.ndarray
+    scores: np.ndarray | None
     mask: np.ndarray
     faithfulness: float
+    ablation: str | Array = "resample"
+
+    def __len__(self) -> int:
+        return int(self.mask.sum())
 
     @property
     def edges(self) -> list[str]:
         """Names of the edges, such as `a0.h0->a1.h0<k>`."""
         return self.graph.names(self.mask)
 
+    def top(self, k: int) -> list[tuple[str, float]]:
+        """The k edges of the circuit with the largest absolute score, the strongest first.
+
+        Raises:
+          InputError: a method that gives no scores.
+        """
+        if self.scores is None:
+            raise InputError(f"method {self.method!r} gives no scores to order edges by; `edges` has all of them")
+        scores = self.scores[self.mask]
+        names = self.graph.names(self.mask)
+        return [(names[i], float(scores[i])) for i in np.argsort(-np.abs(scores), kind="stable")[:k]]
+
+    def faithfulness_on(self, model: Decoder, task: Task, *, ablation: str | Array | None = None) -> float:
+        """Faithfulness of this circuit on other prompts.
+
+        Args:
+          ablation: None is the circuit's own.
+
+        Raises:
+          InputError: a model of another shape, or a task on which faithfulness is undefined.
+        """
+        if Graph.of(model.config) != self.graph:
+            raise InputError(f"this circuit is of another model: {self.graph}; {model.config.name} has another graph")
+        ablation = self.ablation if ablation is None else ablation
+        return float(faithfulness(model, task, [self.mask], ablation=ablation)[0])
+
+
+def _acdc(model, task, *, n_edges, key, threshold=0.01, **options) -> tuple[np.ndarray, np.ndarray]:
+    if n_edges is not None:
+        raise InputError("ACDC has a threshold, not a size: leave n_edges out and give threshold=")
+    found = acdc(model, task, threshold, **options)
+    return found.mask, found.scores
+
+
+def _learned(method: str) -> Search:
+    def search(model, task, *, n_edges, key, progress, **options) -> tuple[np.ndarray, np.ndarray]:
+        if key is None:
+            raise InputError(f"method {method!r} draws gates at random: give key=jax.random.key(0)")
+        found = learn_mask(model, task, method=method, n_edges=n_edges, key=key, **options)
+        if found.scores.ndim != 2:
+            raise InputError("a circuit has no position axis: train its gates with by_position=False")
+        return found.mask(n_edges), np.where(found.graph.edges, found.scores, 0)
+
+    return search
+
+
+# Methods that find a circuit without ranking all edges first; they get `n_edges`, `ablation`, `key` and `progress`.
+SEARCHES: dict[str, Search] = {"acdc": _acdc} | {name: _learned(name) for name in MASK_METHODS}
+
 
 def discover(
     model: Decoder,
     task: Task,
     *,
-    method: Method = "eap-ig",
-    steps: int = 5,
+    method: str = "eap-ig",
+    n_edges: int | None = None,
     target: float = 0.95,
+    steps: int = 5,
     scores: np.ndarray | None = None,
+    ablation: str | Array = "resample",
+    batch_size: int = 16,
+    key: PRNGKeyArray | None = None,
+    progress: Report | None = None,
+    **options: Any,
 ) -> Circuit:
-    """The smallest circuit of best-scored edges whose faithfulness is within `1 ± (1 − target)`.
+    """A circuit for a task, by any method.
 
-    Sizes are tried on a grid of eight to a factor of ten (all sizes where the graph has at most 256 edges); the whole
-    graph has faithfulness 1, so there is always an answer. Nothing about the true circuit enters.
+    With a method of `METHODS`, which scores edges, it has the `n_edges` best; without `n_edges` it is the smallest one
+    whose faithfulness is within `1 ± (1 − target)`. Sizes are tried on a grid of eight to a factor of ten (all sizes
+    where the graph has at most 256 edges); the whole graph has faithfulness 1, so there is always an answer. A method
+    of `SEARCHES` decides on the edges itself. Nothing about the true circuit enters.
 
     Args:
+      n_edges: before those on no path from input to logits are removed.
+      steps: points of the integral, for a method that has one.
       scores: edge scores that were computed before; None computes them with `method`.
+      ablation: what the edges outside the circuit carry; see `ablation_values`.
+      batch_size: pairs at once while scoring ("exact": edges); bounds the memory.
+      key: for the searches that draw at random.
+      progress: called with the number of finished and of all parts, such as `mi_jax.run.bar.Bar("circuit")`.
+      options: of the search.
+
+    Raises:
+      InputError: an unknown method, a size that the graph does not have, a target outside (0, 1], or a metric that
+        is the same for clean and corrupt prompts, so that faithfulness is not defined.
+
+    Example:
+      `discover(model, task, method="eap-ig", n_edges=200).edges`
     """
     graph = Graph.of(model.config)
+    if method not in METHODS and method not in SEARCHES:
+        raise InputError(f"no method {method!r}; there are {', '.join([*METHODS, *SEARCHES])}")
+    if n_edges is not None and not 0 < n_edges <= graph.n_edges:
+        raise InputError(f"the graph has {graph.n_edges} edges; n_edges is between 1 and that, got {n_edges}")
+    if not 0 < target <= 1:
+        raise InputError(f"target is a faithfulness above 0 and at most 1, got {target}")
+    # before anything costly: where the two ends have the same metric this raises
+    faithfulness(model, task, [], ablation=ablation)
+    if method in SEARCHES and scores is None:
+        mask, found = SEARCHES[method](
+            model, task, n_edges=n_edges, ablation=ablation, key=key, progress=progress, **options
+        )
+        mask = graph.prune(mask)
+        value = faithfulness(model, task, [mask], ablation=ablation)[0]
+        return Circuit(graph, method, found, mask, float(value), ablation)
+    if options:
+        raise InputError(f"method {method!r} has no option {', '.join(options)}")
+    grid = [n_edges] if n_edges is not None else _grid(graph)
+    parts = 1 + -(-len(grid) // _AT_ONCE)
+    report = progress or (lambda done, total: None)
     if scores is None:
-        scores = edge_scores(model, task, method=method, steps=steps)
-    grid = range(1, graph.n_edges + 1) if graph.n_edges <= 256 else sorted(set(sizes(graph, _GRID)))
-    for n, f in _faithfulness_by_size(model, task, scores, list(grid)):
-        if abs(1 - f) <= 1 - target + 1e-6:
-            return Circuit(graph, method, scores, _circuit(scores, graph, n), f)
+        scores = edge_scores(model, task, method=method, steps=steps, ablation=ablation, batch_size=batch_size)
+    report(1, parts)
+    for part, (masks, values) in enumerate(_by_size(model, task, graph, scores, grid, ablation), 2):
+        good = np.flatnonzero(np.abs(1 - values) <= 1 - target + 1e-6) if n_edges is None else [0]
+        for done in range(part, parts + 1 if len(good) else part + 1):
+            report(done, parts)
+        if len(good):
+            return Circuit(graph, method, scores, masks[good[0]], float(values[good[0]]), ablation)
     raise AssertionError("the whole graph has faithfulness 1")
 
 
-def _circuit(scores: np.ndarray, graph: Graph, n: int) -> np.ndarray:
-    return graph.prune(top_edges(scores, graph, n))
+def _grid(graph: Graph) -> Sequence[int]:
+    return range(1, graph.n_edges + 1) if graph.n_edges <= 256 else sorted(set(sizes(graph, _GRID)))
 
 
-def _faithfulness_by_size(model: Decoder, task: Task, scores: np.ndarray, grid: list[int]):
-    """Pairs (size, faithfulness), small sizes first, in chunks of one shape so that nothing compiles twice."""
-    graph, chunk = Graph.of(model.config), min(8, len(grid))
-    for start in range(0, len(grid), chunk):
-        ns = grid[start : start + chunk]
-        padded = ns + ns[-1:] * (chunk - len(ns))
-        values = faithfulness(model, task, [_circuit(scores, graph, n) for n in padded])
-        yield from zip(ns, values.tolist(), strict=False)
+def _by_size(
+    model: Decoder, task: Task, graph: Graph, scores: np.ndarray, grid: Sequence[int], ablation: str | Array
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Circuits and their faithfulness, small ones first."""
+    for start in range(0, len(grid), _AT_ONCE):
+        masks = [select_edges(graph, scores, n, prune=True) for n in grid[start : start + _AT_ONCE]]
+        yield masks, faithfulness(model, task, masks, ablation=ablation)

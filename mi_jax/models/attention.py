@@ -94,7 +94,9 @@ def _read(
     """Projects the stream for n readers; each reads its own copy where the tap touches the readers' inputs."""
     if tap.touches(name):
         copies = jnp.broadcast_to(x[:, :, None, :], (*x.shape[:2], w.shape[1], x.shape[2]))
-        out = jnp.einsum("bpnd,dnh->bpnh", normed(norm, tap(name, copies)), w)
+        # one matrix product per reader; with the readers inside, XLA would transpose the copies
+        reads = jnp.moveaxis(normed(norm, tap(name, copies)), 2, 0)
+        out = jnp.moveaxis(jnp.einsum("nbpd,ndh->nbph", reads, jnp.moveaxis(w, 1, 0)), 0, 2)
     else:
         out = jnp.einsum("bpd,dnh->bpnh", normed(norm, x), w)
     return out if bias is None else out + bias[None, None, :, :]

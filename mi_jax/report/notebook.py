@@ -21,6 +21,6 @@ class Preview:
 def preview(data: Mapping[str, Any], *, height: int = 520) -> Preview:
     """Draws sections as `write_report` does; the last expression of a notebook cell shows it.
 
-    Example: `preview({"circuit": {"task": "induction", "graph": graph.to_json(mask, -scores)}})`
+    Example: `preview({"circuit": {"task": "induction", "graph": graph.to_json(mask, scores)}})`
     """
     return Preview(render(data, {}), height)

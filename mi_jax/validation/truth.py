@@ -24,8 +24,8 @@ class Truth:
 
     Attributes:
       designed: the edges that the mechanism was laid out on, `[source reader]`.
-      effects: change of the metric when the edge alone is corrupted, as a share of the gap between the clean and the
-        corrupt prompt; −1 destroys the behaviour.
+      effects: what the metric loses when the edge alone is corrupted, as a share of the gap between the clean and the
+        corrupt prompt; 1 destroys the behaviour.
       threshold: an edge matters when its absolute effect reaches this.
       faithfulness: of the designed edges, everything else corrupted.
     """

@@ -1,6 +1,7 @@
 """Faithfulness: its ends, its curve, the choice of edges, and what `discover` returns."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from mi_jax.circuits import (
     random_edges,
     top_edges,
 )
-from mi_jax.circuits.faithfulness import sizes
+from mi_jax.circuits.faithfulness import pruned, sizes
+from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import model, task
 
 TOLERANCE = 1e-5
@@ -42,13 +44,15 @@ def test_faithfulness_by_its_definition(exact):
     but_one[edge] = False
     values = faithfulness(model(), TASK, [GRAPH.edges, np.zeros_like(GRAPH.edges), but_one])
     whole = _metric(TASK.clean) - _metric(TASK.corrupt)
-    np.testing.assert_allclose(values, [1, 0, 1 + exact[edge] / whole], atol=1e-4)
+    np.testing.assert_allclose(values, [1, 0, 1 - exact[edge] / whole], atol=1e-4)
     assert abs(exact[edge] / whole) > 1e-2
 
 
 def test_faithfulness_is_undefined_where_nothing_changes():
     same = eqx.tree_at(lambda t: t.corrupt, TASK, TASK.clean)
-    with pytest.raises(ValueError, match="task 'tiny': clean and corrupt prompts give the same metric"):
+    with pytest.raises(
+        ValueError, match="task 'tiny': faithfulness is undefined: clean and corrupt prompts give the same metric"
+    ):
         faithfulness(model(), same, [GRAPH.edges])
 
 
@@ -124,3 +128,96 @@ def test_a_task_is_cut_into_rows():
     np.testing.assert_allclose(part.logit_difference(logits), part.answer - part.distractor)
     probability = np.exp(float(part.answer[0])) / np.exp(np.arange(13.0)).sum()
     np.testing.assert_allclose(part.answer_probability(logits), [probability], rtol=1e-5)
+
+
+def test_signed_and_absolute_selection_by_hand():
+    scores = np.zeros(GRAPH.edges.shape)
+    for edge, value in {"m0->logits": -3.0, "input->m0": 2.0, "m1->logits": 1.0}.items():
+        scores[GRAPH.index(edge)] = value
+    assert GRAPH.names(top_edges(scores, GRAPH, 1)) == ["m0->logits"]
+    assert set(GRAPH.names(top_edges(scores, GRAPH, 2, select="signed"))) == {"input->m0", "m1->logits"}
+    # the most negative edge is the last that signed selection takes
+    assert not top_edges(scores, GRAPH, GRAPH.n_edges - 1, select="signed")[GRAPH.index("m0->logits")]
+    with pytest.raises(InputError, match="score NaN"):
+        top_edges(np.where(GRAPH.mask(["input->m0"]), np.nan, scores), GRAPH, 3)
+    with pytest.raises(InputError, match=r"the array given is \(2, 2\)"):
+        top_edges(np.zeros((2, 2)), GRAPH, 1)
+
+
+def test_areas_by_hand():
+    drawn = Curve((0.1, 0.5, 1.0), (1, 5, 10), (2.0, 0.5, 1.0), kept=(0, 4, 10), n_edges=10)
+    assert drawn.cpr == pytest.approx(0.4 * 1.25 + 0.5 * 0.75)
+    # |1 − f| is 1, 0.5, 0
+    assert drawn.cmd == pytest.approx(0.4 * 0.75 + 0.5 * 0.25)
+    # at the true sizes 0, 0.4, 1, from f = 0 at no edge
+    assert drawn.cpr_from_zero == pytest.approx(0.4 * 1.25 + 0.6 * 0.75)
+    assert drawn.cmd_from_zero == pytest.approx(0.4 * 0.75 + 0.6 * 0.25)
+    with pytest.raises(InputError, match="made by hand"):
+        drawn.intervals(key=jax.random.key(0))
+
+
+def test_sizes_round_or_are_cut():
+    assert sizes(GRAPH, (0.001, 0.6, 1.0)) == (1, 22, 36)
+    assert sizes(GRAPH, (0.001, 0.6, 1.0), floor=True) == (0, 21, 36)
+    assert sizes(GRAPH, (0.6,), floor=True, n_pos=4) == (86,)
+
+
+def test_pruning_by_hand():
+    """A head that is read and reads by its queries alone is kept by EAP-IG's rule, and carries nothing by ours."""
+    graph = Graph(n_layers=2, n_heads=2, n_kv_heads=2, has_mlp=True)
+    queries = ["input->a1.h0<q>", "a1.h0->logits"]
+    values = ["input->a0.h1<v>", "a0.h1->logits"]
+    dangling = ["m0->logits", "input->a0.h0<v>", "a1.h0->m1"]
+    mask = graph.mask([*queries, *values, *dangling])
+    assert set(graph.names(pruned(mask, graph, "mib"))) == {*queries, *values}
+    assert set(graph.names(pruned(mask, graph, "connected"))) == set(values)
+    assert (pruned(mask, graph, "none") == mask).all()
+    # a chain is deleted from its loose end on, over as many rounds as it is long
+    chain = graph.mask(["input->m0", "m0->a1.h0<k>", "a1.h0->m1"])
+    assert not pruned(chain, graph, "mib").any()
+    with pytest.raises(InputError, match="no positions"):
+        pruned(np.repeat(mask[:, :, None], 4, 2), graph, "mib")
+
+
+def test_intervals_come_from_resampled_prompts(exact):
+    """The bootstrap of CMD has the spread of CMD over all resamples of two prompts, which can be listed."""
+    found = curve(model(), TASK, exact, (0.05, 0.2, 1.0), select="signed", prune="mib", floor=True)
+    intervals = found.intervals(key=jax.random.key(0))
+    assert intervals["cpr"].value == pytest.approx(found.cpr)
+    assert intervals["cmd"].value == pytest.approx(found.cmd)
+    assert [intervals[f"f_{i}"].value for i in range(3)] == pytest.approx(list(found.values))
+    listed = []
+    for rows in ([0, 0], [0, 1], [1, 1]):
+        metric = found.runs.metric[:, rows].mean(1)
+        f = (metric[:-2] - metric[-2]) / (metric[-1] - metric[-2])
+        listed.append(np.trapezoid(f, found.fractions))
+    assert intervals["cpr"].ci_low == pytest.approx(min(listed), abs=1e-6)
+    assert intervals["cpr"].ci_high == pytest.approx(max(listed), abs=1e-6)
+    assert found.kept[0] <= found.edges[0]
+    assert found.kl[-1] == pytest.approx(0, abs=1e-6)
+    assert found.agreement[-1] == 1
+    one = TASK[:1]
+    with pytest.raises(InputError, match="two or more"):
+        curve(model(), one, exact, (0.5, 1.0)).intervals(key=jax.random.key(0))
+
+
+def test_zero_ablation_is_passed_on(exact):
+    """All edges zeroed is the model's head on biases alone; one edge kept is the same for either way of saying zero."""
+    keep = GRAPH.mask(["input->m0", "m0->logits"])
+    values = faithfulness(model(), TASK, [keep], ablation="zero")
+    zeros = jnp.zeros((GRAPH.n_sources, *TASK.clean.shape, model().config.d_model))
+    np.testing.assert_allclose(values, faithfulness(model(), TASK, [keep], ablation=zeros), atol=TOLERANCE)
+    assert abs(values[0] - faithfulness(model(), TASK, [keep])[0]) > 1e-3
+
+
+def test_token_edges(exact):
+    """Edges kept at every position are the edges; kept at one position only, they are something else."""
+    everywhere = np.repeat(exact[:, :, None], 4, 2)
+    mask = np.repeat(top_edges(exact, GRAPH, 10)[:, :, None], 4, 2)
+    early = mask.copy()
+    early[:, :, 2:] = False
+    values = faithfulness(model(), TASK, [mask, early])
+    assert values[0] == pytest.approx(faithfulness(model(), TASK, [mask[:, :, 0]])[0], abs=TOLERANCE)
+    assert abs(values[0] - values[1]) > 1e-3
+    assert top_edges(everywhere, GRAPH, 8).sum() == 8
+    assert curve(model(), TASK, everywhere, (0.5, 1.0)).values[-1] == pytest.approx(1, abs=1e-4)

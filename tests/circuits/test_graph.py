@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits import Graph
+from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import ATTENTION_ONLY, CONFIG
 
 GRAPH = Graph.of(CONFIG)
@@ -121,3 +122,20 @@ def test_json_has_the_nodes_and_scores_of_the_edges():
     assert [node["layer"] for node in found["nodes"]] == [-1, 0, 1, 2]
     assert [edge["input"] for edge in found["edges"]] == ["v", "mlp", "logits"]
     assert found["edges"][1]["score"] == scores[GRAPH.index("a0.h0->m1")]
+
+
+def test_experts_are_sources_and_share_one_reader():
+    graph = Graph(2, 2, 2, True, n_experts=3)
+    assert graph.sources[3:6] == ("m0.e0", "m0.e1", "m0.e2")
+    assert (graph.n_sources, graph.n_readers) == (11, 15)
+    # the input reads by 15; a layer's heads by its MLP and all after, its experts by all after
+    assert graph.n_edges == 15 + 2 * 9 + 3 * 8 + 2 * 2 + 3 * 1
+    np.testing.assert_array_equal(graph.prune(graph.edges), graph.edges)
+    path = graph.mask(["input->m0", "m0.e1->a1.h0<v>", "a1.h0->logits"])
+    np.testing.assert_array_equal(graph.prune(path), path)
+    assert not graph.prune(graph.mask(["input->a0.h0<v>", "m0.e1->a1.h0<v>", "a1.h0->logits"])).any()
+    drawn = graph.to_json(path, np.ones(path.shape))
+    assert [edge["to"] for edge in drawn["edges"]] == ["m0.e1", "a1.h0", "logits"]
+    assert drawn["nodes"][1] == {"name": "m0.e1", "layer": 0, "kind": "expert"}
+    with pytest.raises(InputError, match=r"no edge 'm0->logits'; edges look like .* or 'm1.e2->logits'"):
+        graph.index("m0->logits")

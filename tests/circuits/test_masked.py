@@ -1,13 +1,19 @@
 """The masked-edge forward: its two ends, and single edges against the same edit made with nested interventions."""
 
+import dataclasses
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mi_jax as mi
 from mi_jax.circuits import Graph, masked_forward, source_outputs
-from tests.circuits.tiny_task import model, task
+from mi_jax.circuits.masked import chunks
+from mi_jax.core.errors import InputError
+from mi_jax.models import init_decoder
+from tests.circuits.tiny_task import CONFIG, model, task
 
 TOLERANCE = 1e-5
 TASK = task()
@@ -111,3 +117,59 @@ def test_output_pos_is_the_same_rows():
     some = masked_forward(model(), TASK.clean, edges, patch, TASK.mask, output_pos=TASK.position)
     whole = masked(model(), edges)
     np.testing.assert_allclose(some[:, 0], [whole[0, 3], whole[1, 2]], atol=TOLERANCE)
+
+
+def test_edges_at_one_position_change_the_reader_there():
+    """A token edge into the MLP is the MLP's input changed at that position; at all positions, the plain edge."""
+    graph = Graph.of(model().config)
+    patch = source_outputs(model(), TASK.corrupt, TASK.mask)
+    edges = np.zeros((*graph.edges.shape, 4), np.float32)
+    edges[(*graph.index("input->m1"), 1)] = 1
+    run = eqx.filter_jit(lambda e, at=None: masked_forward(model(), TASK.clean, e, patch, TASK.mask, output_pos=at))
+    difference = patch[0] - source_outputs(model(), TASK.clean, TASK.mask)[0]
+    added = mi.add("mlp.in", difference, layer=1, pos=1)
+    expected = mi.jit(mi.intervene(model(), added))(TASK.clean, TASK.mask)
+    np.testing.assert_allclose(run(jnp.asarray(edges)), expected, atol=TOLERANCE)
+    rng = np.random.default_rng(0)
+    some = (rng.random(graph.edges.shape) < 0.5) & graph.edges
+    everywhere = jnp.asarray(np.repeat(some[:, :, None], 4, 2), jnp.float32)
+    whole = run(everywhere)
+    np.testing.assert_allclose(whole, masked(model(), some), atol=TOLERANCE)
+    np.testing.assert_allclose(run(everywhere, TASK.position)[:, 0], [whole[0, 3], whole[1, 2]], atol=TOLERANCE)
+    into_logits = jnp.zeros_like(everywhere).at[graph.index("m0->logits")].set(jnp.array([0.0, 0.0, 1.0, 0.0]))
+    at_answer = run(into_logits, TASK.position)[:, 0]
+    clean, changed = masked(model(), 0 * graph.edges), masked(model(), graph.mask(["m0->logits"]))
+    np.testing.assert_allclose(at_answer, [clean[0, 3], changed[1, 2]], atol=TOLERANCE)
+
+
+def test_chunks_and_remat_change_neither_the_logits_nor_the_gradient():
+    config = dataclasses.replace(CONFIG, n_layers=3)
+    decoder = jax.tree.map(lambda x: 1.5 * x, init_decoder(config, key=jax.random.key(1)))
+    graph = Graph.of(config)
+    assert chunks(3) == [range(3)]
+    assert chunks(12) == [range(4), range(4, 8), range(8, 12)]
+    patch = source_outputs(decoder, TASK.corrupt, TASK.mask)
+    edges = jnp.asarray(np.random.default_rng(0).random(graph.edges.shape) * graph.edges, jnp.float32)
+
+    def gradient(**options):
+        def metric(edges, patch):
+            logits = masked_forward(decoder, TASK.clean, edges, patch, TASK.mask, output_pos=TASK.position, **options)
+            return TASK.metric(logits).sum()
+
+        return jax.jit(jax.value_and_grad(metric, argnums=(0, 1)))(edges, patch)
+
+    one, *others = (gradient(), gradient(chunk=2, remat=False))
+    for other in others:
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-5)
+    assert float(jnp.abs(one[1][0]).max()) > 1e-2
+
+
+def test_shapes_that_do_not_fit_are_named():
+    patch = source_outputs(model(), TASK.corrupt, TASK.mask)
+    with pytest.raises(
+        InputError, match=r"\(7, 11\) \[source reader\], or \(7, 11, 4\) .* got edges of shape \(7, 10\)"
+    ):
+        masked_forward(model(), TASK.clean, jnp.zeros((7, 10)), patch)
+    with pytest.raises(InputError, match=r"and the patch has \(7, 2, 4\) .* and a patch of shape \(6, 2, 4, 8\)"):
+        masked_forward(model(), TASK.clean, jnp.zeros((6, 11)), patch[:6])

@@ -1,23 +1,25 @@
-"""Circuits in the structures of other families: biases, parallel blocks, mixtures; and what has no graph."""
+"""Circuits in other families: biases, parallel blocks, norms of outputs, mixtures; and what has no graph."""
 
 import dataclasses
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mi_jax as mi
 from mi_jax.circuits import Graph, masked_forward, source_outputs
-from mi_jax.circuits.scores import edge_scores
+from mi_jax.circuits.sources import shares
 from mi_jax.core.errors import InputError
 from mi_jax.models import Decoder
+from mi_jax.models.norm import Norm
 from tests.circuits.tiny_task import task
 from tests.models.tiny_families import FAMILIES, family, noisy
 
 TOLERANCE = 2e-5
 TASK = task()
-NAMES = ("gpt2", "neox", "gptj", "mixture")
+NAMES = ("gpt2", "neox", "gptj", "gemma", "olmo2", "mixture")
 
 
 @eqx.filter_jit
@@ -59,32 +61,93 @@ def test_in_a_parallel_block_no_head_writes_to_the_mlp_beside_it():
     np.testing.assert_array_equal(before["mlp_out"][:2], after["mlp_out"][:2])
 
 
-@pytest.mark.parametrize("name", ["gptj", "mixture"])
-def test_the_gradient_of_an_edge_is_that_of_the_masked_forward(name):
-    """Attribution is the derivative of the masked run in the edge, at no edges; exact scores exist too."""
+@pytest.mark.parametrize("name", NAMES)
+def test_sources_and_biases_add_up_to_the_stream(name):
     model, graph = family(name), Graph.of(FAMILIES[name])
-    scores = edge_scores(model, TASK, method="eap")
+    found = np.asarray(mi.jit(source_outputs)(model, TASK.clean, TASK.mask))
+    _, acts = mi.jit(mi.capture(model, "resid_post", "attn_out", "mlp_out"))(TASK.clean, TASK.mask)
+    biases = model.blocks.attn.o_bias
+    total = found[0]
+    for layer, written in enumerate(found[1:].reshape(2, graph.layer_sources, *found.shape[1:])):
+        heads, rest = written[: graph.n_heads].sum(0), written[graph.n_heads :].sum(0)
+        bias = 0 if biases is None else np.asarray(biases[layer])
+        np.testing.assert_allclose(heads + bias, acts["attn_out"][layer], atol=TOLERANCE)
+        np.testing.assert_allclose(rest, acts["mlp_out"][layer], atol=TOLERANCE)
+        total = total + heads + rest + bias
+        np.testing.assert_allclose(total, acts["resid_post"][layer], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("bias", [None, [0.1, -0.2, 0.3]])
+def test_shares_of_a_norm_add_up_to_it_without_its_bias(bias):
+    norm = Norm(jnp.array([0.5, 1.0, -2.0]), None if bias is None else jnp.array(bias), 1e-5, 1.0)
+    parts = jax.random.normal(jax.random.key(0), (4, 1, 2, 3))
+    added = jnp.array([0.3, 0.0, 1.0])
+    # the added bias as a part more has the share that is missing
+    five = jnp.concatenate([parts, jnp.broadcast_to(added, (1, 1, 2, 3))])
+    expected = norm(five.sum(0)) - (0 if bias is None else jnp.array([[bias]]))
+    np.testing.assert_allclose(shares(norm, five).sum(0), expected, atol=1e-6)
+    np.testing.assert_allclose(shares(norm, parts, added), shares(norm, five)[:4], atol=1e-6)
+    np.testing.assert_array_equal(shares(None, parts), parts)
+
+
+def test_experts_are_sources_of_what_they_add():
+    """Experts that the router did not choose write nothing; one expert to one query is that query's input changed."""
+    model, graph = family("mixture"), Graph.of(FAMILIES["mixture"])
+    assert graph.sources[:10] == ("input", *(f"a0.h{h}" for h in range(4)), *(f"m0.e{i}" for i in range(4)), "a1.h0")
+    capture = mi.jit(mi.capture(model, "mlp.gates", "mlp.expert_out"))
+    clean, corrupt = (capture(x, TASK.mask)[1] for x in (TASK.clean, TASK.corrupt))
+    written, other = (np.asarray(a["mlp.gates"][..., None] * a["mlp.expert_out"])[0, :, :, 2] for a in (clean, corrupt))
+    sources = source_outputs(model, TASK.clean, TASK.mask)
+    np.testing.assert_allclose(sources[graph.sources.index("m0.e2")], written, atol=TOLERANCE)
+    assert (np.abs(np.asarray(sources[5:9])).max(-1) > 0).sum(0).tolist() == [[2] * 4] * 2
+    edited = mi.intervene(model, mi.add("attn.q_in", jnp.asarray(other - written)[:, :, None, :], layer=1, head=3))
+    expected = np.asarray(mi.jit(edited)(TASK.clean, TASK.mask))
+    found = masked(model, jnp.asarray(graph.mask(["m0.e2->a1.h3<q>"]), jnp.float32))
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert np.abs(expected - mi.jit(model)(TASK.clean, TASK.mask)).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["gemma", "olmo2"])
+def test_a_head_before_a_norm_writes_its_share_with_the_scale_of_its_run(name):
+    model, graph = family(name), Graph.of(FAMILIES[name])
+    capture, norm = mi.jit(mi.capture(model, "attn.head_out")), model.blocks.attn_post_norm
+    assert norm is not None
+    assert norm.weight is not None
+    weight = np.asarray(norm.weight[0]) + norm.offset
+
+    def share(tokens):
+        heads = np.asarray(capture(tokens, TASK.mask)[1]["attn.head_out"][0])
+        mean_square = np.square(heads.sum(2)).mean(-1, keepdims=True)
+        return heads[:, :, 1] * weight / np.sqrt(mean_square + norm.eps)
+
+    difference = jnp.asarray(share(TASK.corrupt) - share(TASK.clean))
+    expected = mi.jit(mi.intervene(model, mi.add("mlp.in", difference, layer=1)))(TASK.clean, TASK.mask)
+    found = masked(model, jnp.asarray(graph.mask(["a0.h1->m1"]), jnp.float32))
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert np.abs(found - mi.jit(model)(TASK.clean, TASK.mask)).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["gemma", "mixture"])
+def test_the_derivative_in_the_edges_is_a_difference_quotient(name):
+    model, graph = family(name), Graph.of(FAMILIES[name])
     rng = np.random.default_rng(0)
     direction = jnp.asarray(graph.edges * rng.normal(size=graph.edges.shape), jnp.float32)
 
+    @jax.jit
     def metric(strength):
-        logits = masked(model, strength * direction)
-        rows = jnp.take_along_axis(logits, TASK.position[:, None, None], axis=1)
-        return float(TASK.logit_difference(rows).mean())
+        rows = jnp.take_along_axis(masked(model, strength * direction), TASK.position[:, None, None], axis=1)
+        return TASK.metric(rows).mean()
 
     step = 1e-2
-    found = (metric(step) - metric(-step)) / (2 * step)
-    np.testing.assert_allclose(found, (scores * np.asarray(direction)).sum(), rtol=2e-2, atol=1e-3)
-    exact = edge_scores(model, TASK, method="exact")
-    assert np.isfinite(exact).all()
-    assert np.abs(exact).max() > 1e-2
+    found = jax.grad(metric)(jnp.zeros(()))
+    expected = (metric(jnp.asarray(step)) - metric(jnp.asarray(-step))) / (2 * step)
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-3)
+    assert abs(expected) > 1e-2
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gemma", r"no graph of edges for gemma-like: its heads go through a norm .*\(norms='sandwich'\)"),
-        ("olmo2", r"no graph of edges for olmo2-like: its heads go through a norm .*\(norms='output'\)"),
         ("vit", "no graph of edges for vit-like: its inputs are images"),
         ("bert", "no graph of edges for bert-like: its norms stand on the stream"),
     ],

@@ -48,13 +48,13 @@ def test_effects_are_shares_of_the_gap_between_the_prompts(organism, tasks):
     one = jnp.zeros(truth.graph.edges.shape).at[s, r].set(1.0)
     patch = source_outputs(model, task.corrupt)
     edited = metric(jax.jit(masked_forward)(model, task.clean, one, patch, output_pos=task.position))
-    assert truth.effects[s, r] == pytest.approx((edited - clean) / (clean - corrupt), abs=1e-4)
+    assert truth.effects[s, r] == pytest.approx((clean - edited) / (clean - corrupt), abs=1e-4)
 
 
 def test_deviations_from_the_design_are_named(organism):
     graph = organism.graph
     designed = organism.designed("induction")
-    effects = np.where(designed, -0.5, 0.0)
+    effects = np.where(designed, 0.5, 0.0)
     truth = Truth("made up", graph, designed, effects, faithfulness=1.0)
     assert truth.as_designed
     assert (truth.weakest_designed, truth.strongest_other) == (0.5, 0.0)

@@ -59,7 +59,7 @@ class EdgeFile:
     @property
     def nodes(self) -> Bool[np.ndarray, " source"]:
         """Sources that an edge of the circuit leaves or enters."""
-        entered = [self.circuit[:, self.graph._reader_rows(name)].any() for name in self.graph.sources[1:]]
+        entered = [self.circuit[:, self.graph.reader_rows(name)].any() for name in self.graph.sources[1:]]
         return self.circuit.any(1) | np.array([False, *entered])
 
     def without_dangling(self, dangling: Dangling) -> "EdgeFile":

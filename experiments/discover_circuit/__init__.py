@@ -1,0 +1,1 @@
+"""Finds the circuit of a task by several methods and compares them."""
