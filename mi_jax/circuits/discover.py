@@ -11,7 +11,7 @@ from mi_jax.circuits.faithfulness import faithfulness, sizes
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.scores import METHODS, edge_scores
 from mi_jax.circuits.search import acdc, learn_mask, select_edges
-from mi_jax.circuits.search.learned import MASK_METHODS
+from mi_jax.circuits.search.learned import MASK_METHODS, MaskMethod
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
@@ -87,7 +87,7 @@ def _acdc(model, task, *, n_edges, key, threshold=0.01, **options) -> tuple[np.n
     return found.mask, found.scores
 
 
-def _learned(method: str) -> Search:
+def _learned(method: MaskMethod) -> Search:
     def search(model, task, *, n_edges, key, progress, **options) -> tuple[np.ndarray, np.ndarray]:
         if key is None:
             raise InputError(f"method {method!r} draws gates at random: give key=jax.random.key(0)")

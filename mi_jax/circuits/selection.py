@@ -7,21 +7,27 @@ from jaxtyping import Bool
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.search.order import feeds
-from mi_jax.circuits.search.select import select_edges
+from mi_jax.circuits.search.select import Rule, select_edges
 from mi_jax.core.errors import InputError
 
 Select = Literal["absolute", "signed"]
 Prune = Literal["none", "connected", "mib"]
 
 
-def top_edges(scores: np.ndarray, graph: Graph, n: int, *, select: Select = "absolute") -> Bool[np.ndarray, "..."]:
+def top_edges(
+    scores: np.ndarray, graph: Graph, n: int, *, select: Select = "absolute", rule: Rule = "top"
+) -> Bool[np.ndarray, "..."]:
     """Mask of the n edges with the largest absolute, or signed, score; the first of equals in the order of edges.
+
+    Args:
+      rule: "greedy" takes only edges that lead to the logits, as MIB does for information-flow routes; see
+        `select_edges`.
 
     Raises:
       InputError: scores of another graph, or that are NaN.
     """
     n = min(n, int(edges_like(graph, scores).sum()))
-    return select_edges(graph, scores, n, absolute=select == "absolute")
+    return select_edges(graph, scores, n, rule=rule, absolute=select == "absolute")
 
 
 def edges_like(graph: Graph, scores: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformer-lens==2.18.0", "transformers<5", "auto-circuit==1.0.1", "safetensors>=0.5"]
+# dependencies = [
+#   "torch==2.13.0", "transformer-lens==2.18.0", "auto-circuit==1.0.1", "transformers<5", "pyarrow<22", "safetensors>=0.5"
+# ]
 # ///
 """Scores of all edges with auto-circuit, timed: gradients with respect to the masks of its edges.
 

@@ -13,25 +13,71 @@ table of positions has a gradient, which its backward pass needs to start from. 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
 import argparse
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+# nothing is downloaded
+os.environ |= {"HF_HUB_OFFLINE": "1"}
+
 import edge_scores_peer
+import numpy as np
 import torch
 from edge_scores_peer import difference
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
-from transformer_lens_sweep import Arrays, bridge
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformer_lens import TransformerBridge
+from transformer_lens_sweep import Arrays, shape_of
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 Edges = Mapping[tuple[Any, Any], float]
+END = "<|endoftext|>"
+
+
+def gpt2(arrays: Arrays) -> GPT2LMHeadModel:
+    """The model of transformers with these weights, and biases of zero."""
+    shape = shape_of(arrays)
+    sizes = {"n_layer": shape["n_layers"], "n_head": shape["n_heads"], "n_inner": shape["d_mlp"]}
+    sizes |= {"n_embd": shape["d_model"], "n_positions": shape["n_ctx"], "vocab_size": shape["d_vocab"]}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **tokens, layer_norm_epsilon=shape["eps"])).eval()
+    weights = {
+        "transformer.wte.weight": arrays["embed"],
+        "transformer.wpe.weight": arrays["pos_embed"],
+        "transformer.ln_f.weight": arrays["final_norm.weight"],
+        "transformer.ln_f.bias": arrays["final_norm.bias"],
+        "lm_head.weight": arrays["unembed"],
+    }
+    width = shape["d_model"]
+    for i in range(shape["n_layers"]):
+        layer = f"transformer.h.{i}"
+        for theirs, ours in (("ln_1", "attn_norm"), ("ln_2", "mlp_norm")):
+            weights |= {f"{layer}.{theirs}.{w}": arrays[f"blocks.{ours}.{w}"][i] for w in ("weight", "bias")}
+        qkv = [arrays[f"blocks.attn.{w}"][i].reshape(width, -1) for w in "qkv"]
+        weights[f"{layer}.attn.c_attn.weight"] = np.concatenate(qkv, 1)
+        weights[f"{layer}.attn.c_proj.weight"] = arrays["blocks.attn.o"][i].reshape(-1, width)
+        weights[f"{layer}.mlp.c_fc.weight"] = arrays["blocks.mlp.up"][i]
+        weights[f"{layer}.mlp.c_proj.weight"] = arrays["blocks.mlp.down"][i]
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(weights.pop(name))))
+        else:
+            parameter.zero_()
+        parameter.requires_grad_(name == "transformer.wpe.weight")
+    if weights:
+        raise SystemExit(f"the model lacks the parameters {', '.join(weights)}")
+    return model
 
 
 def model_and_prompts(arrays: Arrays, clean: torch.Tensor, corrupt: torch.Tensor) -> tuple[Any, ...]:
-    """The model, frozen but for its positions, and the prompts."""
-    model = bridge(arrays)
-    for name, parameter in model.original_model.named_parameters():
-        parameter.requires_grad_(name.startswith("pos."))
-    return model, clean, corrupt
+    """TransformerLens around the model, and the prompts. Its own random models have no hooks at single heads."""
+    # one is looked for where none is given; no text is read
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({END: 0}, unk_token=END)), bos_token=END)
+    tokenizer.eos_token = tokenizer.pad_token = END
+    model = TransformerBridge.boot_transformers("gpt2", hf_model=gpt2(arrays), tokenizer=tokenizer, device="cpu")
+    return model.eval(), clean, corrupt
 
 
 def score(made: tuple[Any, ...], arguments: argparse.Namespace) -> Edges:

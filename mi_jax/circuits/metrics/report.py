@@ -17,6 +17,7 @@ from mi_jax.circuits.metrics.hypothesis_runs import HypothesisTests, hypothesis_
 from mi_jax.circuits.metrics.ranking import EdgeRanking, edge_ranking
 from mi_jax.circuits.metrics.single import CircuitMetrics, Compared, circuit_metrics
 from mi_jax.circuits.metrics.stability import Stability, bootstrap_stability, group_stability, split_stability
+from mi_jax.circuits.search.select import Rule
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, Null
@@ -106,6 +107,7 @@ def evaluate_curves(
     *,
     key: Array,
     fractions: Sequence[float] = FRACTIONS,
+    rule: Rule = "top",
     null_curves: int = 5,
     seed: int = 0,
     ablation: str | Array = "resample",
@@ -116,6 +118,7 @@ def evaluate_curves(
 
     Args:
       key: draws the bootstrap.
+      rule: how edges are taken by score; see `top_edges`.
       null_curves: random families of either kind, matched to the edges by absolute score before pruning.
       seed: draws them.
 
@@ -124,7 +127,7 @@ def evaluate_curves(
     """
     graph = Graph.of(model.config)
     ns = sizes(graph, fractions, floor=True)
-    chosen = [[top_edges(scores, graph, n, select=select) for n in ns] for select in ("signed", "absolute")]
+    chosen = [[top_edges(scores, graph, n, select=select, rule=rule) for n in ns] for select in ("signed", "absolute")]
     families = [[pruned(m, graph, "mib") for m in family] for family in chosen]
     for kind in KINDS:
         families += random_circuits(graph, chosen[1], null_curves, kind=kind, seed=seed, prune="mib")

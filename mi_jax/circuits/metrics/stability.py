@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.faithfulness import Select, top_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.search.select import Rule
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, Null, generator
@@ -94,6 +95,7 @@ def bootstrap_stability(
     key: Array,
     samples: int = 50,
     select: Select = "absolute",
+    rule: Rule = "top",
 ) -> Stability:
     """Circuits of the n best edges on resampled prompts, compared pair by pair.
 
@@ -102,13 +104,14 @@ def bootstrap_stability(
 
     Args:
       per_prompt: scores of every prompt (`per_prompt_scores`).
+      select, rule: how edges are taken by score; see `top_edges`.
     """
     _check_prompts(per_prompt, 2)
     rng = generator(key)
     n = len(per_prompt)
     rows = rng.integers(0, n, (samples, n))
     weights = np.stack([np.bincount(r, minlength=n) for r in rows]) / n
-    return _of_weights(per_prompt, weights, graph, n_edges, select, key, None)
+    return _of_weights(per_prompt, weights, graph, n_edges, select, rule, key, None)
 
 
 def split_stability(
@@ -119,6 +122,7 @@ def split_stability(
     key: Array,
     samples: int = 50,
     select: Select = "absolute",
+    rule: Rule = "top",
 ) -> Stability:
     """Circuits of the n best edges on the two halves of the prompts, compared over random halvings."""
     _check_prompts(per_prompt, 2)
@@ -129,7 +133,7 @@ def split_stability(
     np.put_along_axis(halves[:, 0], order[:, : n // 2], 1.0, 1)
     np.put_along_axis(halves[:, 1], order[:, n // 2 : 2 * (n // 2)], 1.0, 1)
     pairs = np.arange(2 * samples).reshape(samples, 2)
-    return _of_weights(per_prompt, halves.reshape(-1, n), graph, n_edges, select, key, pairs)
+    return _of_weights(per_prompt, halves.reshape(-1, n), graph, n_edges, select, rule, key, pairs)
 
 
 def group_stability(
@@ -140,6 +144,7 @@ def group_stability(
     *,
     key: Array,
     select: Select = "absolute",
+    rule: Rule = "top",
 ) -> Stability:
     """Circuits of the n best edges on each group of prompts, such as one paraphrased template, compared in pairs."""
     _check_prompts(per_prompt, len(groups))
@@ -147,7 +152,7 @@ def group_stability(
         raise InputError(f"{len(per_prompt)} prompts need as many group labels, got {len(groups)}")
     labels = np.asarray(groups)
     weights = np.stack([labels == label for label in np.unique(labels)]).astype(np.float64)
-    return _of_weights(per_prompt, weights, graph, n_edges, select, key, None)
+    return _of_weights(per_prompt, weights, graph, n_edges, select, rule, key, None)
 
 
 def task_stability(find: Callable[[Task], Mask], tasks: Sequence[Task], graph: Graph, *, key: Array) -> Stability:
@@ -178,8 +183,8 @@ def _check_prompts(per_prompt: np.ndarray, at_least: int) -> None:
         raise InputError(f"stability over prompts needs {at_least} or more of them; there are {len(per_prompt)}")
 
 
-def _of_weights(per_prompt, weights, graph: Graph, n_edges: int, select: Select, key, pairs) -> Stability:
+def _of_weights(per_prompt, weights, graph: Graph, n_edges: int, select: Select, rule: Rule, key, pairs) -> Stability:
     """Stability of circuits from weighted sums of the prompts' scores."""
     scores = np.einsum("cb,bsr->csr", weights, per_prompt)
-    masks = np.stack([top_edges(s, graph, n_edges, select=select) for s in scores])
+    masks = np.stack([top_edges(s, graph, n_edges, select=select, rule=rule) for s in scores])
     return stability_of(masks, graph, key=key, pairs=pairs)

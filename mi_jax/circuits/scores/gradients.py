@@ -97,7 +97,7 @@ def _zeros(model: Decoder, shape: tuple[int, ...], dtype: Any, pattern: bool) ->
         "attn.k": config.n_kv_heads,
         "attn.v": config.n_kv_heads,
     }
-    shapes = {name: (batch, pos, n, config.d_head) for name, n in heads.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: (batch, pos, n, config.d_head) for name, n in heads.items()}
     if config.d_mlp:
         shapes["mlp.in"] = (batch, pos, d_model)
     if pattern:
