@@ -1,7 +1,6 @@
 """All methods in turn, in a workdir that resumes; then the report."""
 
 import functools
-import platform
 import sys
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 import mi_jax as mi
 from experiments.discover_circuit.config import DiscoverCircuitConfig
 from experiments.discover_circuit.method import Comparison, run_method
+from experiments.header import report_header
 from mi_jax.circuits import METHODS, Graph, faithfulness
 from mi_jax.circuits.metrics import evaluate_circuit
 from mi_jax.data import load_tokenizer, tasks
@@ -59,7 +59,7 @@ def run_discovery(config: DiscoverCircuitConfig, workdir: str, *, console: Conso
     results = folder.results
     report = folder.path / "report.html"
     sections = {
-        "run": _header(compared, folder),
+        "run": report_header(f"The circuit of {config.task}", folder, model=compared.model.config.name),
         "circuit": _figures(compared, folder, [drawn[f"method_{name}"] for name in config.names]),
         "limits": list(LIMITS),
     }
@@ -104,20 +104,6 @@ def run_tests(compared: Comparison, folder: Workdir, progress: Progress) -> dict
     )
     folder.add_results({f"tests.{key}": value for key, value in found.to_json().items()})
     return {"method": name}
-
-
-def _header(compared: Comparison, folder: Workdir) -> dict[str, Any]:
-    results = folder.results
-    return {
-        "title": f"The circuit of {compared.config.task}",
-        "model": compared.model.config.name,
-        "seconds": results["run.seconds"],
-        "peak_rss_gb": results["run.peak_rss_gb"],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0].device_kind),
-        "config": folder.config,
-    }
 
 
 def _figures(compared: Comparison, folder: Workdir, drawn: list[dict[str, Any]]) -> dict[str, Any]:

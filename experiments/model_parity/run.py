@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import platform
 import runpy
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +11,11 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
 from experiments.bench.peer import PeerError, interpreter, run_script
+from experiments.header import report_header
 from experiments.model_parity.controls import with_other_setting
 from experiments.model_parity.family import PARTS, roundtrip, write_back
 from experiments.model_parity.golden import Golden
@@ -217,16 +216,9 @@ def run_parity(config: ParityConfig, workdir: str, *, console: Console | None = 
     results = folder.results
     others = {"families.bfloat16_vs_reference_mean": "≤ 1.08"} if len(families) >= ENOUGH_FOR_MEAN else {}
     others |= {"gguf.smollm2.oracle_max_abs": "≤ 0.001"} if config.gguf else {}
-    header = {
-        "title": "Every model family beside transformers",
-        "model": f"{len(families)} tiny random models",
-        "seconds": results["run.seconds"],
-        "peak_rss_gb": results["run.peak_rss_gb"],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0].device_kind),
-        "config": folder.config,
-    }
+    header = report_header(
+        "Every model family beside transformers", folder, model=f"{len(families)} tiny random models"
+    )
     report = folder.path / "report.html"
     write_report({"run": header, "limits": list(LIMITS)}, results, report, bars=bars_of(families) | others)
     console.print(family_table(results, families))

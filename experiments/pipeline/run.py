@@ -1,14 +1,13 @@
 """The six stages in order, in a workdir that resumes, and the report at the end."""
 
 import functools
-import platform
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from rich.console import Console
 
+from experiments.header import report_header
 from experiments.pipeline.application import application
 from experiments.pipeline.circuit import circuit
 from experiments.pipeline.config import PipelineConfig
@@ -122,17 +121,12 @@ def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | Non
     figures = run_stages(folder, Run(folder, config).stages(), console=console)
     results = folder.results
     seconds = {name: results[f"run.stage_seconds.{name}"] for name in figures}
-    header = {
-        "title": "From a raw network to a monitored one",
-        "model": results["model.name"],
-        "seconds": results["run.seconds"],
-        "peak_rss_gb": results["run.peak_rss_gb"],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0].device_kind),
-        "config": folder.config,
-        "stages": [{"name": n, "title": n.replace("_", " "), "seconds": s} for n, s in seconds.items()],
-    }
+    header = report_header(
+        "From a raw network to a monitored one",
+        folder,
+        model=results["model.name"],
+        stages=[{"name": n, "title": n.replace("_", " "), "seconds": s} for n, s in seconds.items()],
+    )
     report = folder.path / "report.html"
     bars = None if config.smoke else BARS
     write_report({"run": header, **figures, "limits": list(LIMITS)}, results, report, bars=bars)

@@ -107,6 +107,7 @@ def _description(organism: Organism, truths: dict[str, Truth]) -> str:
 
 def _mechanism(name: str, truth: Truth, found: Circuit, agreed: Agreement, null: float) -> dict:
     graph, either = truth.graph, truth.mask | found.mask
+    assert found.scores is not None
     strongest = np.argsort(-np.abs(np.where(graph.edges, truth.effects, 0)).ravel())[:SHOWN_EFFECTS]
     shown = np.zeros(truth.effects.size, bool)
     shown[strongest] = True

@@ -1,15 +1,14 @@
 """The page with the ranking: tables, and charts of every architecture beside its nulls."""
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jax
 import jinja2
 
+from experiments.header import report_header
 from experiments.sae_synthetic.tables import NULLS, Ranking, chance
 from mi_jax import report
 from mi_jax.report.charts import interval_chart
@@ -47,15 +46,7 @@ def write_page(folder: Workdir, rankings: Sequence[Ranking], facts: Mapping[str,
     best = (
         f"{results.get('sae_synthetic.best_architecture', '')} is first by mean MCC over the settings." if bars else ""
     )
-    header = {
-        "title": "Sparse dictionaries beside features that are known",
-        "seconds": results["run.seconds"],
-        "peak_rss_gb": results["run.peak_rss_gb"],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0].device_kind),
-        "config": folder.config,
-    }
+    header = report_header("Sparse dictionaries beside features that are known", folder)
     tables = [
         {
             "caption": CAPTIONS[found.figure],

@@ -7,8 +7,9 @@
     python edge_scores_transformer_lens.py --method=eap [--arrays FILE.safetensors] [--repeats 1] [--threads 2]
 
 It has no integrated gradients. Its gradient is that of the corrupt run, one prompt at a time, and a score is positive
-where the clean value raises the metric. Its edges have positions; their scores are added up outside the time. Only the
-table of positions has a gradient, which its backward pass needs to start from. One JSON object is printed.
+where the clean value raises the metric. Its edges have positions; their scores are added up outside the time. The model
+is that of transformers, frozen but for its embedding, from which the backward pass needs to start: TransformerLens' own
+random models have no hooks at single heads. One JSON object is printed.
 """
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
@@ -65,17 +66,17 @@ def gpt2(arrays: Arrays) -> GPT2LMHeadModel:
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(weights.pop(name))))
         else:
             parameter.zero_()
-        parameter.requires_grad_(name == "transformer.wpe.weight")
+        parameter.requires_grad_(name == "transformer.wte.weight")
     if weights:
         raise SystemExit(f"the model lacks the parameters {', '.join(weights)}")
     return model
 
 
 def model_and_prompts(arrays: Arrays, clean: torch.Tensor, corrupt: torch.Tensor) -> tuple[Any, ...]:
-    """TransformerLens around the model, and the prompts. Its own random models have no hooks at single heads."""
+    """TransformerLens around the model, and the prompts."""
     # one is looked for where none is given; no text is read
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({END: 0}, unk_token=END)), bos_token=END)
-    tokenizer.eos_token = tokenizer.pad_token = END
+    words = Tokenizer(WordLevel({END: 0}, unk_token=END))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END)
     model = TransformerBridge.boot_transformers("gpt2", hf_model=gpt2(arrays), tokenizer=tokenizer, device="cpu")
     return model.eval(), clean, corrupt
 
