@@ -59,7 +59,7 @@ def shares(
     total = exact.sum(0) if bias is None else exact.sum(0) + bias.astype(exact.dtype)[None, None, :]
     if norm.bias is not None:
         exact, total = (v - v.mean(-1, keepdims=True) for v in (exact, total))
-    scale = jax.lax.rsqrt(jnp.square(total).mean(-1, keepdims=True) + norm.eps)
+    scale = norm.scale(total)
     weight = norm.weight.astype(exact.dtype) + norm.offset
     return (exact * (scale * weight[None, None, :])[None]).astype(parts.dtype)
 

@@ -23,12 +23,16 @@ class Norm(eqx.Module):
         exact = widened(x)
         if self.bias is not None:
             exact = exact - exact.mean(-1, keepdims=True)
-        exact = exact * jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + self.eps)
+        exact = exact * self.scale(exact)
         weight = self.weight.astype(exact.dtype)
         exact = exact * jnp.broadcast_to(weight + self.offset if self.offset else weight, x.shape)
         if self.bias is not None:
             exact = exact + jnp.broadcast_to(self.bias.astype(exact.dtype), x.shape)
         return exact.astype(x.dtype)
+
+    def scale(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch #d_model"]:
+        """What an input, centred where there is a bias, is multiplied with before the weight."""
+        return jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
 
 
 def normed(norm: Norm | None, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from mi_jax.models.block import Block
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder
-from mi_jax.models.norm import Norm, normed, widened
+from mi_jax.models.norm import Norm, normed
 
 # where the dictionaries of MLPs may read the stream of a layer
 READS = ("mlp.in", "resid_mid", "resid_pre")
@@ -21,18 +21,8 @@ READS = ("mlp.in", "resid_mid", "resid_pre")
 class FrozenNorm(Norm):
     """A norm whose scale is that of the first row of its input, and a constant for gradients."""
 
-    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
-        if self.weight is None:
-            return x
-        exact = widened(x)
-        if self.bias is not None:
-            exact = exact - exact.mean(-1, keepdims=True)
-        scale = jax.lax.rsqrt(jnp.square(exact[:1]).mean(-1, keepdims=True) + self.eps)
-        exact = exact * jnp.broadcast_to(jax.lax.stop_gradient(scale), exact.shape)
-        exact = exact * jnp.broadcast_to(self.weight.astype(exact.dtype) + self.offset, x.shape)
-        if self.bias is not None:
-            exact = exact + jnp.broadcast_to(self.bias.astype(exact.dtype), x.shape)
-        return exact.astype(x.dtype)
+    def scale(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch #d_model"]:
+        return jnp.broadcast_to(jax.lax.stop_gradient(super().scale(x[:1])), (*x.shape[:-1], 1))
 
 
 def with_frozen_norms(model: Decoder) -> Decoder:
