@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.bench.setting import GPT2_SMALL, TOKENS, Setting
+from experiments.bench.setting import BATCH, GPT2_SMALL, N_POS, SMOKE, TOKENS, Setting
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import masked_forward
 from mi_jax.core.errors import InputError
@@ -29,6 +29,12 @@ FOUR_LAYERS = dataclasses.replace(
     d_vocab=512,
     n_ctx=64,
 )
+# shape, prompts and tokens of each
+SHAPES = {
+    "gpt2-small": (GPT2_SMALL, BATCH, N_POS),
+    "four-layers": (FOUR_LAYERS, BATCH, N_POS),
+    "smoke": (SMOKE, 2, 6),
+}
 
 
 def task_of(made: Setting) -> Task:

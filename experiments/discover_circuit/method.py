@@ -54,12 +54,13 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
     prefix = f"discover_circuit.{name}"
     progress(0.0, "scoring")
     results: dict[str, Any] = {}
+    rule = METHODS[name].rule if name in METHODS else "top"
     if name in METHODS:
         each = per_prompt_scores(_score(config, name), compared.model, compared.search)
         scores, mask = each.mean(0), None
         for key, found in (
-            ("stability_jaccard", bootstrap_stability(each, graph, compared.n_edges, key=keys[0])),
-            ("stability_split_jaccard", split_stability(each, graph, compared.n_edges, key=keys[1])),
+            ("stability_jaccard", bootstrap_stability(each, graph, compared.n_edges, key=keys[0], rule=rule)),
+            ("stability_split_jaccard", split_stability(each, graph, compared.n_edges, key=keys[1], rule=rule)),
         ):
             results |= _stability(f"{prefix}.{key}", found)
     else:
@@ -72,6 +73,7 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
             compared.held_out,
             scores,
             key=keys[3],
+            rule=rule,
             null_curves=config.null_curves,
             ablation=config.ablation,
             seed=config.seed,
@@ -83,7 +85,7 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
             "values": curves.absolute.values,
         }
         if mask is None:
-            mask = top_edges(scores, graph, compared.n_edges)
+            mask = top_edges(scores, graph, compared.n_edges, rule=rule)
     assert mask is not None
     mask = graph.prune(mask)
     one = circuit_metrics(

@@ -12,6 +12,7 @@ from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.scores import METHODS, edge_scores
 from mi_jax.circuits.search import acdc, learn_mask, select_edges
 from mi_jax.circuits.search.learned import MASK_METHODS, MaskMethod
+from mi_jax.circuits.search.select import Rule
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
@@ -166,7 +167,8 @@ def discover(
     if scores is None:
         scores = edge_scores(model, task, method=method, steps=steps, ablation=ablation, batch_size=batch_size)
     report(1, parts)
-    for part, (masks, values) in enumerate(_by_size(model, task, graph, scores, grid, ablation), 2):
+    rule = METHODS[method].rule if method in METHODS else "top"
+    for part, (masks, values) in enumerate(_by_size(model, task, graph, scores, grid, ablation, rule), 2):
         good = np.flatnonzero(np.abs(1 - values) <= 1 - target + 1e-6) if n_edges is None else [0]
         for done in range(part, parts + 1 if len(good) else part + 1):
             report(done, parts)
@@ -180,9 +182,9 @@ def _grid(graph: Graph) -> Sequence[int]:
 
 
 def _by_size(
-    model: Decoder, task: Task, graph: Graph, scores: np.ndarray, grid: Sequence[int], ablation: str | Array
+    model: Decoder, task: Task, graph: Graph, scores: np.ndarray, grid: Sequence[int], ablation: str | Array, rule: Rule
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """Circuits and their faithfulness, small ones first."""
     for start in range(0, len(grid), _AT_ONCE):
-        masks = [select_edges(graph, scores, n, prune=True) for n in grid[start : start + _AT_ONCE]]
+        masks = [select_edges(graph, scores, n, rule=rule, prune=True) for n in grid[start : start + _AT_ONCE]]
         yield masks, faithfulness(model, task, masks, ablation=ablation)

@@ -17,6 +17,7 @@ from mi_jax.circuits.exact import exact_edges
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.scores import corrected, paths, routes, source_paths
 from mi_jax.circuits.scores.gradients import Pairs
+from mi_jax.circuits.search.select import Rule
 from mi_jax.circuits.sources import source_outputs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
@@ -31,11 +32,13 @@ class Method:
       does: in a line.
       score: from a model and prompt pairs to scores; None for single runs of every edge.
       integrates: whether the number of steps matters.
+      rule: how a circuit is taken by these scores; see `select_edges`.
     """
 
     does: str
     score: Callable[..., Float[Array, "source reader *pos"]] | None
     integrates: bool = False
+    rule: Rule = "top"
 
 
 _EAP_IG = Method(

@@ -173,7 +173,7 @@ def _scale(norm: Norm | None, x: Float[Array, "batch pos d_model"]) -> tuple[Arr
         return jnp.ones((*x.shape[:2], 1), exact.dtype), None
     if norm.bias is not None:
         exact = exact - exact.mean(-1, keepdims=True)
-    scale = jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + norm.eps)
+    scale = norm.scale(exact)
     return scale, None if isinstance(norm, FrozenNorm) else exact * scale
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from mi_jax.models.block import Layer
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.mlp import ACTIVATIONS, MLP
-from mi_jax.models.norm import Norm, normed, widened
+from mi_jax.models.norm import Norm, normed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +48,8 @@ class SiteRules:
 class FrozenNorm(Norm):
     """A norm whose scale is a constant in the backward pass."""
 
-    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
-        if self.weight is None:
-            return x
-        exact = widened(x)
-        if self.bias is not None:
-            exact = exact - exact.mean(-1, keepdims=True)
-        scale = jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + self.eps)
-        weight = self.weight.astype(exact.dtype)
-        exact = exact * stop_gradient(scale) * jnp.broadcast_to(weight + self.offset, x.shape)
-        if self.bias is not None:
-            exact = exact + jnp.broadcast_to(self.bias.astype(exact.dtype), x.shape)
-        return exact.astype(x.dtype)
+    def scale(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch #d_model"]:
+        return stop_gradient(super().scale(x))
 
 
 class _Relevance(Rules):
