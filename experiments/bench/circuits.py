@@ -3,10 +3,10 @@
     python -m experiments.bench.circuits --workdir=runs/bench_circuits --config.eap_ig_source=EAP-IG/src
 
 `eap_ig` and `eap` score all 32,491 edges of a random model of GPT-2-small's shape, on 8 pairs of 16 tokens, in float32:
-`eap_ig` integrates over the inputs in 5 steps, `eap` takes the gradient once. Every peer has the same weights, pairs and
-threads, and its parameters are frozen as far as it runs then. `eap_ig.vs_best_peer` is against the fastest peer, and
-`eap_ig.memory_vs_best_peer` is of the largest resident memory of a process of ours over that of the same peer, both
-with model, libraries and (ours) compilation.
+`eap_ig` integrates over the inputs in 5 steps, `eap` takes the gradient once. Every peer has the same weights, pairs
+and threads, and its parameters are frozen as far as it runs then. `eap_ig.vs_best_peer` is against the fastest peer.
+`eap_ig.memory_vs_best_peer` is the largest resident memory of a process of ours over that of the same peer, both with
+model and libraries, and ours with compilation.
 
 - EAP-IG is not on PyPI: clone https://github.com/hannamw/EAP-IG, or it is left out. It computes what we compute.
 - auto-circuit integrates over the masks of all edges together, in 6 runs. Its scores are other numbers;

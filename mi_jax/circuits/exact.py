@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.ablation import ablation_values
+from mi_jax.circuits.answer import AnswerLayout
 from mi_jax.circuits.exact_from_base import exact_from_base
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.sources import PlainRun, plain_run
@@ -60,38 +61,6 @@ def exact_edges(
     return exact_from_base(model, task, patch, base, among, batch_size)
 
 
-class _AnswerLayout(eqx.Module):
-    """The layout of a layer in which only the position of the answer asks."""
-
-    mask: Bool[Array, "batch pos"]
-    answer: Int[Array, " batch"]
-
-    @property
-    def positions(self) -> Int[Array, "1 pos"]:
-        return jnp.arange(self.mask.shape[1], dtype=jnp.int32)[None]
-
-    @property
-    def asking_positions(self) -> Int[Array, "batch 1"]:
-        return self.answer[:, None]
-
-    @property
-    def queries(self) -> Int[Array, "batch 1"]:
-        return self.asking_positions
-
-    @property
-    def keys(self) -> Int[Array, "1 pos"]:
-        return self.positions
-
-    def asking(self, x: Array) -> Array:
-        return jnp.take_along_axis(x, self.answer[:, None, None], axis=1)
-
-    def rows(self, name: str, x: Array) -> Array:
-        return x
-
-    def flat(self, x: Array) -> Array:
-        return x
-
-
 class _Fixed:
     """A tap that replaces some values, adds to the MLP's input, and keeps what was asked for."""
 
@@ -117,7 +86,7 @@ class _Runs:
     def __init__(self, model: Decoder, task: Task, run: PlainRun, difference: Array, batch_size: int):
         self.model, self.task, self.run, self.difference = model, task, run, difference
         self.batch_size, self.graph = batch_size, Graph.of(model.config)
-        self.prompts, self.answers = Prompts(task.mask), _AnswerLayout(task.mask, task.position)
+        self.prompts, self.answers = Prompts(task.mask), AnswerLayout(task.mask, task.position)
         self.last = self.graph.n_layers - 1
 
     def metric(self, x: Float[Array, "batch 1 d_model"]) -> Float[Array, ""]:

@@ -63,7 +63,7 @@ def circuit_runs(
     *,
     ablation: str | Array = "resample",
     reference_task: Task | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> CircuitRuns:
     """Runs every circuit on every prompt, in one program that no number of circuits up to 64 compiles anew.
 
@@ -72,7 +72,7 @@ def circuit_runs(
       references: as many circuits, each the one that the KL divergence of its partner is from; None is the whole model.
       ablation: what the other edges carry, see `ablation_values`.
       reference_task: prompts that mean ablations are taken over.
-      batch_size: circuits at once; bounds the memory.
+      batch_size: circuits at once, which bounds the memory; None: one on a CPU, eight on an accelerator.
 
     Raises:
       InputError: masks that do not fit the graph of the model.
@@ -92,6 +92,8 @@ def circuit_runs(
         # one run is needed to learn what the model does
         known[0] = False
     chosen, n = chosen[~known], int((~known).sum())
+    if batch_size is None:
+        batch_size = 1 if jax.default_backend() == "cpu" else 8
     chunks = -(-n // batch_size)
     room = max(-(-_ROOM // batch_size), 1 << (chunks - 1).bit_length())
     stacked = [_chunked(m[chosen], room, batch_size) for m in (masks, others) if m is not None]

@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "transformer-lens==2.18.0", "auto-circuit==1.0.1", "transformers<5", "pyarrow<22", "safetensors>=0.5"
+#   "torch==2.13.0", "transformer-lens==2.18.0", "auto-circuit==1.0.1", "transformers<5", "pyarrow<22",
+#   "safetensors>=0.5"
 # ]
 # ///
 """ACDC at one threshold with auto-circuit, timed.

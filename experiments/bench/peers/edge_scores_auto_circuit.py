@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "transformer-lens==2.18.0", "auto-circuit==1.0.1", "transformers<5", "pyarrow<22", "safetensors>=0.5"
+#   "torch==2.13.0", "transformer-lens==2.18.0", "auto-circuit==1.0.1", "transformers<5", "pyarrow<22",
+#   "safetensors>=0.5"
 # ]
 # ///
 """Scores of all edges with auto-circuit, timed: gradients with respect to the masks of its edges.
@@ -64,6 +65,7 @@ def score(made: tuple[Any, PromptDataLoader], arguments: argparse.Namespace) -> 
 
 
 def named(made: tuple[Any, PromptDataLoader], found: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Scores by the names of edges."""
     return {edge_name(edge): edge.prune_score(found).item() for edge in made[0].edges}
 
 

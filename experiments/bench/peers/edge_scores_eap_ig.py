@@ -62,6 +62,7 @@ def loss(logits: torch.Tensor, clean_logits: Any, lengths: Any, labels: Any) -> 
 
 
 def main() -> None:
+    """Times what the module's docstring names."""
     parser = command_line("Times the edge scores of the EAP-IG package.")
     parser.add_argument("--source", required=True, help="folder src of a checkout of EAP-IG")
     source = parser.parse_known_args()[0].source

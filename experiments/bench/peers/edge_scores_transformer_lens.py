@@ -26,10 +26,10 @@ import edge_scores_peer
 import numpy as np
 import torch
 from edge_scores_peer import difference
-from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformer_lens import TransformerBridge
+from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 from transformer_lens_sweep import Arrays, shape_of
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -82,6 +82,7 @@ def model_and_prompts(arrays: Arrays, clean: torch.Tensor, corrupt: torch.Tensor
 
 
 def score(made: tuple[Any, ...], arguments: argparse.Namespace) -> Edges:
+    """TransformerLens' own function."""
     if arguments.method != "eap":
         raise SystemExit("TransformerLens 4.3 has no integrated gradients for edges; there is --method=eap")
     config = EdgeAttributionConfig(granularity="edge")

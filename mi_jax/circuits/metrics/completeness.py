@@ -90,7 +90,7 @@ def completeness(
     seed: int = 0,
     ablation: str | Array = "resample",
     reference: Task | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> Completeness:
     """Knocks random parts of the circuit out of circuit and model, and the same for random circuits.
 
@@ -173,7 +173,7 @@ def minimality(
     seed: int = 0,
     ablation: str | Array = "resample",
     reference: Task | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> Minimality:
     """Knocks every part out of the circuit, as it is and after random knockouts; `(knockouts + 1) · (parts + 1)` runs.
 

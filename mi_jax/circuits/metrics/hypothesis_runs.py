@@ -56,7 +56,7 @@ def hypothesis_tests(
     seed: int = 0,
     ablation: str | Array = "resample",
     reference: Task | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> HypothesisTests:
     """Runs the circuit, its complement, its parts and random circuits in one program, and tests them.
 

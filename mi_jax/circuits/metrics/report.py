@@ -112,7 +112,7 @@ def evaluate_curves(
     seed: int = 0,
     ablation: str | Array = "resample",
     reference: Task | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> Curves:
     """CPR, CMD and the curves behind them, with those of random circuits, all sizes of all of them in one program.
 
@@ -164,7 +164,7 @@ def evaluate_circuit(
     seed: int = 0,
     ablation: str | Array = "resample",
     reference: Task | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> CircuitReport:
     """Every metric of a circuit, each with its interval and with what random circuits give.
 
@@ -183,7 +183,7 @@ def evaluate_circuit(
       seed: draws random circuits and knockouts.
       ablation: what edges outside a circuit carry; see `ablation_values`.
       reference: prompts that mean ablations are taken over.
-      batch_size: circuits at once; bounds the memory.
+      batch_size: circuits at once, which bounds the memory; None: one on a CPU, eight on an accelerator.
 
     Raises:
       InputError: arrays of another graph, an empty circuit, one prompt, or a metric that does not move.

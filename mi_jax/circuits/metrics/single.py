@@ -65,7 +65,7 @@ def circuit_metrics(
     seed: int = 0,
     ablation: str | Array = "resample",
     reference: Task | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> CircuitMetrics:
     """Runs the circuit, its complement, and both for random circuits, in one program.
 

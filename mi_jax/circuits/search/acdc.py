@@ -14,23 +14,21 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.search.decide import WHOLE, decided
+from mi_jax.circuits.search.layers import depend_on_each_other
 from mi_jax.circuits.search.objective import Objective, check_objective, loss_of
-from mi_jax.circuits.search.order import reader_layers, reverse_topological, useful_readers
-from mi_jax.circuits.search.resume import CleanRun, clean_run, resumed, start_before
+from mi_jax.circuits.search.order import changed_parts, reader_layers, reverse_topological, useful_readers
+from mi_jax.circuits.search.resume import CleanRun, clean_run
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
-
-# Candidates that are no single source: all edges into the reader, and none.
-_WHOLE, _NOTHING = -1, -2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,121 +98,98 @@ def acdc(
     if window < 1:
         raise InputError(f"window is the number of edges evaluated at once, at least 1; got {window}")
     graph = Graph.of(model.config)
-    evaluate = _Evaluation(model, task, ablation_values(model, task, ablation), objective, window)
-    order, layers = _candidates(graph, whole_readers), reader_layers(graph)
-    removed, scores = np.zeros_like(graph.edges), np.zeros(graph.edges.shape)
-    guesses = np.ones(len(order), bool)
-    full_loss = evaluate(removed, np.asarray([[_NOTHING, 0]]), guesses[:1], graph.n_layers)[0]
-    if not np.isfinite(full_loss):
-        raise InputError(f"task {task.name!r}: the loss {objective!r} of the whole model is {full_loss}")
-    loss, start, rounds = full_loss, 0, 1
-    while True:
-        useful = useful_readers(graph, graph.edges & ~removed)
-        ahead = np.arange(start, len(order))
-        live = ahead[useful[order[ahead, 1]] & _present(graph, order[ahead], removed)]
-        chosen = live[:window]
-        idle = order[start : chosen[-1] if len(chosen) else len(order)]
-        idle = idle[~useful[idle[:, 1]] & (idle[:, 0] >= 0)]
-        removed[idle[:, 0], idle[:, 1]] = True
-        if not len(chosen):
-            break
-        values = evaluate(removed, order[chosen], guesses[chosen], int(layers[order[chosen, 1]].min()))
-        before, rounds, wrong = loss, rounds + 1, False
-        for i, value in zip(chosen, values, strict=True):
-            cost = value - before
-            removable = bool((abs(cost) if absolute else cost) < threshold)
-            if not wrong:
-                _decide(graph, order[i], removable, cost, removed, scores)
-                loss, start = value if removable else loss, i + 1
-            wrong, before = wrong or removable != guesses[i], value if guesses[i] else before
-            guesses[i] = removable
+    patch = ablation_values(model, task, ablation)
+    decide = _Decisions(graph, model, task, clean_run(model, task, patch), threshold, objective, absolute, window)
+    if not np.isfinite(decide.loss):
+        raise InputError(f"task {task.name!r}: the loss {objective!r} of the whole model is {decide.loss}")
+    full_loss, done = decide.loss, 0
+    parts = _candidates(graph, whole_readers)
+    n = sum(len(part) for part in parts)
+    for part in parts:
+        decide(part)
+        done += len(part)
         if progress is not None:
-            progress(start, len(order))
-    mask = graph.edges & ~removed
-    return ACDC(graph, threshold, objective, mask, scores, float(loss), float(full_loss), evaluate.runs, rounds)
+            progress(done, n)
+    mask = graph.edges & ~decide.removed
+    found = mask, decide.scores, decide.loss, full_loss, decide.runs, decide.rounds
+    return ACDC(graph, threshold, objective, *found)
 
 
-def _candidates(graph: Graph, whole_readers: bool) -> np.ndarray:
-    """What is tried, in order: rows (source, reader), with source −1 for all edges into a reader."""
+def _candidates(graph: Graph, whole_readers: bool) -> list[np.ndarray]:
+    """What is tried, in order: rows (source, reader) for one reader at a time, the source `WHOLE` for all its edges."""
     edges = reverse_topological(graph)
+    by_reader = [edges[edges[:, 1] == r] for r in dict.fromkeys(edges[:, 1])]
     if not whole_readers:
-        return edges
-    layers, rows = reader_layers(graph), []
+        return by_reader
+    layers, parts = reader_layers(graph), []
     for layer in range(graph.n_layers, -1, -1):
-        heads = [r for r in reversed(range(graph.n_readers)) if layers[r] == layer and "<" in graph.readers[r]]
-        inside = edges[layers[edges[:, 1]] == layer]
-        into_heads = np.isin(inside[:, 1], heads)
-        whole = np.asarray([(_WHOLE, r) for r in heads], np.int32).reshape(-1, 2)
-        rows += [inside[~into_heads], whole, inside[into_heads]]
-    return np.concatenate(rows)
+        inside = [part for part in by_reader if layers[part[0, 1]] == layer]
+        heads = [part for part in inside if "<" in graph.readers[part[0, 1]]]
+        whole = [np.asarray([(WHOLE, part[0, 1])], np.int32) for part in heads]
+        parts += [*inside[: len(inside) - len(heads)], *whole, *heads]
+    return parts
 
 
-def _present(graph: Graph, candidates: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """Whether there is anything left to remove in a candidate."""
-    single = ~removed[candidates[:, 0], candidates[:, 1]]
-    return np.where(candidates[:, 0] >= 0, single, (graph.edges & ~removed)[:, candidates[:, 1]].any(0))
+class _Decisions:
+    """The circuit so far; called with the candidates of one reader, it decides about them."""
 
+    def __init__(
+        self,
+        graph: Graph,
+        model: Decoder,
+        task: Task,
+        clean: CleanRun,
+        threshold: float,
+        objective: Objective,
+        absolute: bool,
+        window: int,
+    ):
+        self._graph, self._model, self._task, self._clean = graph, model, task, clean
+        self._absolute, self._objective, self._window = np.asarray(absolute), objective, window
+        # rounded up, a comparison of numbers of this dtype comes out as with the threshold itself
+        rounded = clean.logits.dtype.type(threshold)
+        up = np.nextafter(rounded, np.inf, dtype=rounded.dtype) if rounded < threshold else rounded
+        self._threshold = jnp.asarray(up)
+        self._layers, self._shared = reader_layers(graph), depend_on_each_other(model.config)
+        self.removed, self.scores = np.zeros_like(graph.edges), np.zeros(graph.edges.shape)
+        self.loss = float(loss_of(objective, task, clean.logits)(clean.logits))
+        self.runs, self.rounds = 1, 1
 
-def _decide(
-    graph: Graph, candidate: np.ndarray, removable: bool, cost: float, removed: np.ndarray, scores: np.ndarray
-) -> None:
-    source, reader = candidate
-    if source >= 0:
-        scores[source, reader] = cost
-        removed[source, reader] = removable
-    elif removable:
-        removed[:, reader] = graph.edges[:, reader]
+    def __call__(self, candidates: np.ndarray) -> None:
+        graph, reader = self._graph, int(candidates[0, 1])
+        present = graph.edges[:, reader] & ~self.removed[:, reader]
+        sources = candidates[:, 0]
+        sources = sources[np.where(sources == WHOLE, present.any(), present[sources])]
+        circuit = graph.edges & ~self.removed
+        useful = useful_readers(graph, circuit)
+        if not useful[reader]:
+            self.removed[sources[sources != WHOLE], reader] = True
+        elif len(sources):
+            self._decide(reader, sources, changed_parts(graph, circuit, useful, reader, shared=self._shared))
 
-
-class _Evaluation:
-    """Losses of circuits that differ from a common one in the edges of a window."""
-
-    def __init__(self, model: Decoder, task: Task, patch: Array, objective: Objective, window: int):
-        self.runs = 0
-        self._model, self._task, self._window = model, task, window
-        self._objective: Objective = objective
-        self._clean = clean_run(model, task, patch)
-
-    def __call__(self, removed: np.ndarray, candidates: np.ndarray, guesses: np.ndarray, layer: int) -> np.ndarray:
-        n = len(candidates)
-        padded, guessed = np.full((self._window, 2), (_NOTHING, 0), np.int32), np.zeros(self._window, bool)
-        padded[:n], guessed[:n] = candidates, guesses
-        self.runs += n
-        losses = _losses(
+    def _decide(self, reader: int, sources: np.ndarray, changes: np.ndarray) -> None:
+        padded = np.zeros(self._graph.n_sources, np.int32)
+        padded[: len(sources)] = sources
+        found = decided(
             self._model,
             self._task,
             self._clean,
-            jnp.asarray(removed),
-            jnp.asarray(padded),
-            jnp.asarray(guessed),
-            start_before(self._model.config.n_layers, layer),
-            self._objective,
+            self.removed,
+            np.asarray(reader, np.int32),
+            padded,
+            np.asarray(len(sources), np.int32),
+            self._clean.logits.dtype.type(self.loss),
+            self._threshold,
+            self._absolute,
+            changes,
+            layer=int(self._layers[reader]),
+            into_head="<" in self._graph.readers[reader],
+            objective=self._objective,
+            window=self._window,
         )
-        return np.asarray(losses, np.float64)[:n]
-
-
-@eqx.filter_jit
-def _losses(
-    model: Decoder,
-    task: Task,
-    clean: CleanRun,
-    removed: Bool[Array, "source reader"],
-    candidates: Int[Array, "edge 2"],
-    guesses: Bool[Array, " edge"],
-    layer: int,
-    objective: Objective,
-) -> Float[Array, " edge"]:
-    """The loss with each candidate removed, after the candidates before it that are guessed to be removed."""
-    edges = jnp.asarray(Graph.of(model.config).edges)
-    source, reader = candidates[:, 0], candidates[:, 1]
-    rows = jax.nn.one_hot(source, edges.shape[0], dtype=bool) | (source == _WHOLE)[:, None]
-    added = rows[:, :, None] & jax.nn.one_hot(reader, edges.shape[1], dtype=bool)[:, None, :] & edges[None]
-    loss = loss_of(objective, task, clean.logits)
-
-    def one(before, row):
-        added, guess = row
-        tried = before | added
-        return jnp.where(guess, tried, before), tried
-
-    tried = jax.lax.scan(one, removed, (added, guesses))[1]
-    return jax.vmap(lambda mask: loss(resumed(model, task, clean, mask, layer)))(tried)
+        found = jax.device_get(found)
+        self.removed[:, reader] = found.row
+        if sources[0] != WHOLE:
+            self.scores[sources, reader] = found.costs[: len(sources)]
+        self.loss = float(found.loss)
+        self.runs, self.rounds = self.runs + int(found.runs), self.rounds + int(found.rounds)

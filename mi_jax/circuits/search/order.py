@@ -3,11 +3,14 @@
 Everything is read off the names of a graph, so it holds for whatever sources and readers it has.
 """
 
+import functools
+
 import numpy as np
 
 from mi_jax.circuits.graph import Graph
 
 
+@functools.cache
 def feeds(graph: Graph) -> np.ndarray:
     """True where a source computes from a reader, `[reader source]`.
 
@@ -42,6 +45,35 @@ def useful_readers(graph: Graph, circuit: np.ndarray) -> np.ndarray:
         useful = more
 
 
+def changed_parts(
+    graph: Graph, circuit: np.ndarray, useful: np.ndarray, reader: int, *, shared: bool
+) -> np.ndarray:
+    """Which parts of a layer compute something else, and matter, when a reader reads something else: `[layer 2]`.
+
+    The two parts are the attention and the MLP; a part that the reader itself belongs to is not counted.
+
+    Args:
+      useful: `useful_readers` of the circuit.
+      shared: a head that changes changes all of its layer.
+    """
+    fed, out = feeds(graph), np.zeros((graph.n_layers, 2), bool)
+    layers, parts = reader_layers(graph), np.asarray(["<" not in name for name in graph.readers])
+    changed = fed[reader].copy()
+    heads = np.asarray([name[0] == "a" for name in graph.sources])
+    written = np.asarray([-1, *(_layer(name) for name in graph.sources[1:])])
+    if shared and "<" in graph.readers[reader]:
+        changed |= heads & (written == layers[reader])
+    for layer in range(layers[reader], graph.n_layers):
+        for part in range(2):
+            hit = (circuit & changed[:, None]).any(0) & useful & (layers == layer) & (parts == part)
+            out[layer, part] = hit.any()
+            changed |= fed[hit].any(0)
+            if shared and part == 0 and hit.any():
+                changed |= heads & (written == layer)
+    return out
+
+
+@functools.cache
 def reader_layers(graph: Graph) -> np.ndarray:
     """The layer in which every reader reads; the number of layers for the logits. `[reader]`."""
     return np.asarray([graph.n_layers if name == "logits" else _layer(name) for name in graph.readers])
