@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 TOKENS_AT_ONCE = 4
 # On a CPU: tokens whose sums stay in cache while their places are added one after the other
 TOKENS_IN_BLOCK = 256
+# places of those tokens that are added in one pass over the sums
+PLACES_IN_TURN = 8
 PAIRS_AT_ONCE = 128
 # places of every token that an accelerator adds in one kernel
 PLACES_FUSED = 32
@@ -110,7 +112,7 @@ def _sums_in_blocks(values: Array, latents: Array, weights: Array) -> Array:
             return total + v[:, None] * weights[i], None
 
         empty = jnp.zeros((block, weights.shape[1]), weights.dtype)
-        return lax.scan(add, empty, (code[0].T, code[1].T))[0]
+        return lax.scan(add, empty, (code[0].T, code[1].T), unroll=min(k, PLACES_IN_TURN))[0]
 
     blocks = (a.reshape(-1, block, k) for a in (values, latents))
     return lax.map(of_block, tuple(blocks)).reshape(n_tokens, -1)
