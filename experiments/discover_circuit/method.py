@@ -93,13 +93,23 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
     )
     results |= one.sufficiency.flat(f"{prefix}.faithfulness") | one.kl.flat(f"{prefix}.kl")
     results[f"{prefix}.edges"] = int(mask.sum())
-    folder.save_arrays(f"method_{name}", {"mask": mask} | ({} if scores is None else {"scores": scores}))
-    path = folder.path / "circuits" / f"{name}.json"
+    folder.save_arrays(stage_name(name), {"mask": mask} | ({} if scores is None else {"scores": scores}))
+    path = folder.path / "circuits" / f"{file_name(name)}.json"
     path.parent.mkdir(exist_ok=True)
     width = compared.model.config.d_model
     write_eap_ig(path, EdgeFile(graph, np.zeros(mask.shape) if scores is None else scores, mask, d_model=width))
     folder.add_results(results)
     return drawn
+
+
+def file_name(method: str) -> str:
+    """A method's name without what no file can be called."""
+    return method.replace("+", "-").replace("*", "-star")
+
+
+def stage_name(method: str) -> str:
+    """The name of a method's stage, and of its arrays."""
+    return f"method_{file_name(method)}"
 
 
 def _score(config: DiscoverCircuitConfig, name: str):

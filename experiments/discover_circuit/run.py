@@ -10,7 +10,7 @@ from rich.console import Console
 
 import mi_jax as mi
 from experiments.discover_circuit.config import DiscoverCircuitConfig
-from experiments.discover_circuit.method import Comparison, run_method
+from experiments.discover_circuit.method import Comparison, run_method, stage_name
 from experiments.header import report_header
 from mi_jax.circuits import METHODS, Graph, faithfulness
 from mi_jax.circuits.metrics import evaluate_circuit
@@ -42,7 +42,7 @@ def run_discovery(config: DiscoverCircuitConfig, workdir: str, *, console: Conso
     faithfulness(compared.model, compared.held_out, [], ablation=config.ablation)
     folder = Workdir.open(workdir, config, experiment="discover_circuit")
     stages = [
-        Stage(f"method_{name}", name, functools.partial(run_method, compared, name, folder), 150)
+        Stage(stage_name(name), name, functools.partial(run_method, compared, name, folder), 150)
         for name in config.names
     ]
     if config.tests:
@@ -60,7 +60,7 @@ def run_discovery(config: DiscoverCircuitConfig, workdir: str, *, console: Conso
     report = folder.path / "report.html"
     sections = {
         "run": report_header(f"The circuit of {config.task}", folder, model=compared.model.config.name),
-        "circuit": _figures(compared, folder, [drawn[f"method_{name}"] for name in config.names]),
+        "circuit": _figures(compared, folder, [drawn[stage_name(name)] for name in config.names]),
         "limits": list(LIMITS),
     }
     bars = None if config.smoke else {f"discover_circuit.{name}.cmd": "< null" for name in config.names}
@@ -94,7 +94,7 @@ def run_tests(compared: Comparison, folder: Workdir, progress: Progress) -> dict
     """Every other metric of the best method's circuit, on the held-out pairs."""
     name = best_method(folder.results, compared.config.names)
     progress(0.0, f"tests of {name}")
-    mask = folder.load_arrays(f"method_{name}")["mask"]
+    mask = folder.load_arrays(stage_name(name))["mask"]
     found = evaluate_circuit(
         compared.model,
         compared.held_out,
@@ -110,7 +110,7 @@ def _figures(compared: Comparison, folder: Workdir, drawn: list[dict[str, Any]])
     """What the report draws: the methods side by side, and the best one's circuit."""
     results, graph = folder.results, compared.graph
     name = best_method(results, compared.config.names)
-    arrays = folder.load_arrays(f"method_{name}")
+    arrays = folder.load_arrays(stage_name(name))
     mask = np.asarray(arrays["mask"], bool)
     scores = np.asarray(arrays.get("scores", mask), np.float64)
     heads = (np.abs(scores) * graph.edges).sum(1)
