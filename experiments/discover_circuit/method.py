@@ -51,7 +51,7 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
     """Adds the figures of one method to the results; returns what the report draws."""
     config, graph = compared.config, compared.graph
     keys = jax.random.split(jax.random.key(config.seed), 4)
-    prefix = f"discover_circuit.{name}"
+    prefix = prefix_of(name)
     progress(0.0, "scoring")
     results: dict[str, Any] = {}
     rule = METHODS[name].rule if name in METHODS else "top"
@@ -103,8 +103,13 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
 
 
 def file_name(method: str) -> str:
-    """A method's name without what no file can be called."""
+    """A method's name without what no file and no figure can be called."""
     return method.replace("+", "-").replace("*", "-star")
+
+
+def prefix_of(method: str) -> str:
+    """What the names of a method's figures begin with."""
+    return f"discover_circuit.{file_name(method)}"
 
 
 def stage_name(method: str) -> str:

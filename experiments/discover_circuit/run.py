@@ -10,7 +10,7 @@ from rich.console import Console
 
 import mi_jax as mi
 from experiments.discover_circuit.config import DiscoverCircuitConfig
-from experiments.discover_circuit.method import Comparison, run_method, stage_name
+from experiments.discover_circuit.method import Comparison, prefix_of, run_method, stage_name
 from experiments.header import report_header
 from mi_jax.circuits import METHODS, Graph, faithfulness
 from mi_jax.circuits.metrics import evaluate_circuit
@@ -63,11 +63,11 @@ def run_discovery(config: DiscoverCircuitConfig, workdir: str, *, console: Conso
         "circuit": _figures(compared, folder, [drawn[stage_name(name)] for name in config.names]),
         "limits": list(LIMITS),
     }
-    bars = None if config.smoke else {f"discover_circuit.{name}.cmd": "< null" for name in config.names}
+    bars = None if config.smoke else {f"{prefix_of(name)}.cmd": "< null" for name in config.names}
     if bars is not None:
         bars = {key: bar for key, bar in bars.items() if key in results}
     write_report(sections, results, report, bars=bars)
-    wanted = {f"discover_circuit.{name}.{figure}" for name in config.names for figure in FIGURES}
+    wanted = {f"{prefix_of(name)}.{figure}" for name in config.names for figure in FIGURES}
     table = {key: value for key, value in results.items() if key.split("_null")[0].split("_ci_")[0] in wanted}
     console.print(terminal_table(table, bars))
     console.print(f"{report}\n{folder.path / 'results.json'}", soft_wrap=True, markup=False)
@@ -86,8 +86,8 @@ def load_comparison(config: DiscoverCircuitConfig) -> Comparison:
 
 def best_method(results: dict[str, Any], names: tuple[str, ...]) -> str:
     """The method with the smallest CMD; the first one where none has any."""
-    having = [name for name in names if f"discover_circuit.{name}.cmd" in results]
-    return min(having, key=lambda name: results[f"discover_circuit.{name}.cmd"]) if having else names[0]
+    having = [name for name in names if f"{prefix_of(name)}.cmd" in results]
+    return min(having, key=lambda name: results[f"{prefix_of(name)}.cmd"]) if having else names[0]
 
 
 def run_tests(compared: Comparison, folder: Workdir, progress: Progress) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _figures(compared: Comparison, folder: Workdir, drawn: list[dict[str, Any]])
     scores = np.asarray(arrays.get("scores", mask), np.float64)
     heads = (np.abs(scores) * graph.edges).sum(1)
     order = [i for i in np.argsort(-heads) if graph.sources[i].startswith("a")][:12]
-    prefix = f"discover_circuit.{name}"
+    prefix = prefix_of(name)
     section: dict[str, Any] = {
         "task": compared.config.task,
         "method": METHODS[name].does if name in METHODS else name,
@@ -132,9 +132,9 @@ def _figures(compared: Comparison, folder: Workdir, drawn: list[dict[str, Any]])
 
 def _row(results: dict[str, Any], name: str) -> dict[str, Any]:
     """A method's figures: value, interval and null of each."""
-    row: dict[str, Any] = {"name": name, "edges": results.get(f"discover_circuit.{name}.edges")}
+    row: dict[str, Any] = {"name": name, "edges": results.get(f"{prefix_of(name)}.edges")}
     for figure in (*FIGURES, "stability_split_jaccard", "faithfulness"):
-        key = f"discover_circuit.{name}.{figure}"
+        key = f"{prefix_of(name)}.{figure}"
         if key in results:
             ends = {"low": "_ci_low", "high": "_ci_high", "null": "_null"}
             values = {end: results.get(key + suffix) for end, suffix in ends.items()}

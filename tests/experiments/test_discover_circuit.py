@@ -10,14 +10,15 @@ from rich.console import Console
 
 from experiments.discover_circuit import run
 from experiments.discover_circuit.config import DiscoverCircuitConfig
-from experiments.discover_circuit.method import Comparison, file_name
+from experiments.discover_circuit.method import Comparison, file_name, prefix_of
 from mi_jax.circuits import edge_scores
 from mi_jax.circuits.formats import read_eap_ig
 from mi_jax.circuits.metrics import per_prompt_scores
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import model, task
 
-CONFIG = DiscoverCircuitConfig(methods="eap-ig,atp+qk,ifr,acdc", circuit_fraction=0.2, null_curves=1, acdc_threshold=1e-4)
+METHODS = "eap-ig,atp+qk,ifr,acdc"
+CONFIG = DiscoverCircuitConfig(methods=METHODS, circuit_fraction=0.2, null_curves=1, acdc_threshold=1e-4)
 
 
 def comparison(config):
@@ -40,7 +41,7 @@ def test_every_method_has_its_figures_beside_their_nulls(done):
     _, results = done
     for name in ("eap-ig", "atp+qk", "ifr"):
         for figure in ("cmd", "cpr", "stability_jaccard", "stability_split_jaccard", "faithfulness"):
-            key = f"discover_circuit.{name}.{figure}"
+            key = f"{prefix_of(name)}.{figure}"
             assert results[f"{key}_ci_low"] <= results[key] <= results[f"{key}_ci_high"]
             assert f"{key}_null" in results
     # ACDC gives a circuit and no order of edges
@@ -52,7 +53,7 @@ def test_circuits_are_written_in_eap_igs_format(done):
     folder, results = done
     for name in CONFIG.names:
         read = read_eap_ig(folder / "circuits" / f"{file_name(name)}.json", model().config)
-        assert read.circuit.sum() == results[f"discover_circuit.{name}.edges"]
+        assert read.circuit.sum() == results[f"{prefix_of(name)}.edges"]
 
 
 def test_the_report_has_every_method(done):
