@@ -91,7 +91,11 @@ BARS = {
 }
 METHODS = {"eap_ig": "eap-ig", "eap": "eap"}
 # what each peer can score
-PEER_METHODS = {"eap_ig": ("eap_ig", "eap"), "auto_circuit": ("eap_ig", "eap"), "transformer_lens": ("eap",)}
+PEER_METHODS = {
+    "eap_ig_package": ("eap_ig", "eap"),
+    "auto_circuit": ("eap_ig", "eap"),
+    "transformer_lens": ("eap",),
+}
 MEMORY = Path(__file__).with_name("circuits_memory.py")
 STEPS = 5
 WARM_CALLS = 3
@@ -138,7 +142,7 @@ class Bench:
         pythons = {
             "auto_circuit": config.auto_circuit_python,
             "acdc": config.auto_circuit_python,
-            "eap_ig": config.hooked_python,
+            "eap_ig_package": config.hooked_python,
             "loop": config.hooked_python,
             "transformer_lens": config.peer_python,
         }
@@ -146,10 +150,10 @@ class Bench:
 
     def measurements(self) -> list[tuple[str, float, Measurement]]:
         peers = self.config.peers
-        stages = [
+        stages: list[tuple[str, float, Measurement]] = [
             ("edge_scores", 900 if peers else 120, self.edge_scores),
             ("exact_edges", 120 if peers else 60, self.exact_edges),
-            ("acdc", 180 if peers else 60, self.acdc),
+            ("acdc", 400 if peers else 60, self.acdc),
             ("faithfulness", 60, self.faithfulness),
         ]
         return [*stages, ("memory", 120, self.memory)] if self.config.smollm2 else stages
@@ -236,7 +240,7 @@ class Bench:
             return -edge_scores(made.model, swapped(task), method="eap")
         if peer == "auto_circuit" and name == "eap_ig":
             patch = ablation_values(made.model, task)
-            return mask_gradients(made.model, task, patch, tuple(i / STEPS for i in range(STEPS + 1)))
+            return mask_gradients(made.model, task, patch, jnp.arange(STEPS + 1, dtype=patch.dtype) / STEPS)
         return edge_scores(made.model, task, method=METHODS[name], steps=STEPS)
 
     def exact_edges(self, progress: Progress) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from experiments.bench.peer import PEERS, PeerError, interpreter, run_script
 
 SCRIPTS = {
     "auto_circuit": PEERS / "edge_scores_auto_circuit.py",
-    "eap_ig": PEERS / "edge_scores_eap_ig.py",
+    "eap_ig_package": PEERS / "edge_scores_eap_ig.py",
     "transformer_lens": PEERS / "edge_scores_transformer_lens.py",
     "loop": PEERS / "exact_edges_loop.py",
     "acdc": PEERS / "acdc_reference.py",
@@ -44,7 +44,7 @@ class Peers:
             return None
         try:
             python = self._interpreter(peer)
-            source = (f"--source={self._source}",) if peer == "eap_ig" else ()
+            source = (f"--source={self._source}",) if peer == "eap_ig_package" else ()
             found = run_script(python, SCRIPTS[peer], f"--threads={self._threads}", *source, *options)
         except PeerError as error:
             self._left_out.add(peer)
@@ -54,7 +54,7 @@ class Peers:
         return found
 
     def _interpreter(self, peer: str) -> Path:
-        if peer == "eap_ig" and not self._source:
+        if peer == "eap_ig_package" and not self._source:
             raise PeerError(
                 "the EAP-IG package is not on PyPI; clone https://github.com/hannamw/EAP-IG and give its folder src "
                 "with --config.eap_ig_source=DIR"

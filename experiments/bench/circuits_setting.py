@@ -1,7 +1,7 @@
 """What circuits are timed on: random models, pairs of prompts, and how scores of two programs compare."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
@@ -94,7 +94,7 @@ def metric_without(
 
 @eqx.filter_jit
 def mask_gradients(
-    model: Decoder, task: Task, patch: Float[Array, "source batch pos d_model"], points: Sequence[float]
+    model: Decoder, task: Task, patch: Float[Array, "source batch pos d_model"], points: Float[Array, " point"]
 ) -> Float[Array, "source reader"]:
     """Minus the sum of the gradients with respect to the weights of edges, all weights at each of some points.
 
@@ -106,5 +106,5 @@ def mask_gradients(
         logits = masked_forward(model, task.clean, weights, patch, task.mask, output_pos=task.position)
         return task.metric(logits).mean()
 
-    found = jax.lax.map(lambda point: jax.grad(metric)(point * edges), jnp.asarray(points, patch.dtype))
+    found = jax.lax.map(lambda point: jax.grad(metric)(point * edges), points)
     return -found.sum(0) * edges

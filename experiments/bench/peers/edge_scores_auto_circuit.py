@@ -16,7 +16,6 @@ all that auto-circuit imports. Parameters are frozen. One JSON object is printed
 """
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,9 +57,9 @@ def _node(name: str) -> str:
     return f"a{layer}.h{head}" + "".join(f"<{x.lower()}>" for x in letter)
 
 
-def score(made: tuple[Any, PromptDataLoader], arguments: argparse.Namespace) -> Mapping[str, torch.Tensor]:
+def score(made: tuple[Any, PromptDataLoader], method: str, steps: int) -> Mapping[str, torch.Tensor]:
     """auto-circuit's own function; a mask's gradient is that of minus the metric."""
-    where = {"mask_val": 0.0} if arguments.method == "eap" else {"integrated_grad_samples": arguments.steps}
+    where = {"mask_val": 0.0} if method == "eap" else {"integrated_grad_samples": steps}
     return mask_gradient_prune_scores(*made, None, grad_function="logit", answer_function="avg_diff", **where)
 
 

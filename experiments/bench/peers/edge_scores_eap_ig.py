@@ -12,7 +12,6 @@ Only the table of positions has a gradient, which its backward pass needs to sta
 """
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -70,11 +69,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         attribute, graph = imported(source, folder)
 
-        def score(made: tuple[Any, ...], arguments: argparse.Namespace) -> Any:
+        def score(made: tuple[Any, ...], method: str, steps: int) -> Any:
             model, batches = made
             found = graph.Graph.from_model(model)
-            method = {"eap": "EAP", "eap-ig": "EAP-IG-inputs"}[arguments.method]
-            attribute.attribute(model, found, batches, loss, method, ig_steps=arguments.steps, quiet=True)
+            theirs = {"eap": "EAP", "eap-ig": "EAP-IG-inputs"}[method]
+            attribute.attribute(model, found, batches, loss, theirs, ig_steps=steps, quiet=True)
             return found
 
         def named(made: tuple[Any, ...], found: Any) -> dict[str, float]:

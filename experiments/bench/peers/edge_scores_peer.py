@@ -57,7 +57,7 @@ def report(packages: tuple[str, ...], **found: Any) -> None:
 
 def main(
     build: Callable[[Arrays, torch.Tensor, torch.Tensor], Any],
-    score: Callable[[Any, argparse.Namespace], Any],
+    score: Callable[[Any, str, int], Any],
     named: Callable[[Any, Any], Mapping[str, float]],
     *,
     packages: tuple[str, ...],
@@ -65,7 +65,15 @@ def main(
 ) -> None:
     """Times `score` on what `build` makes, and prints seconds, the peak of memory and the scores that `named` reads.
 
-    The peak is the largest resident memory of the process while it scored, the model included.
+    A first call, of the method that is one gradient, is neither timed nor measured. The peak is the largest resident
+    memory of the process while it scored, the model included.
+
+    Args:
+      build: from arrays, clean and corrupt prompts to what is scored.
+      score: from that, a method and a number of steps to what the peer returns.
+      named: from both to scores by the names of edges.
+      packages: whose versions are printed.
+      parser: has options of the script's own.
     """
     parser = parser or command_line("Times edge scores.")
     parser.add_argument("--method", choices=("eap", "eap-ig"), default="eap-ig")
@@ -75,13 +83,14 @@ def main(
     with torch.no_grad():
         made = build(arrays, clean, corrupt)
     del arrays
+    score(made, "eap", arguments.steps)
     gc.collect()
     before, taken, found = reset_peak(), [], None
     for _ in range(arguments.repeats):
         # not in the time, and not kept beside the next
         found = None
         start = time.perf_counter()
-        found = score(made, arguments)
+        found = score(made, arguments.method, arguments.steps)
         taken.append(time.perf_counter() - start)
     largest = None if before is None else peak()
     report(packages, seconds=taken, peak_rss_bytes=largest, scores=dict(named(made, found)))

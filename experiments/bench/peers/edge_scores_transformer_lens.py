@@ -13,7 +13,6 @@ random models have no hooks at single heads. One JSON object is printed.
 """
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
-import argparse
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -81,9 +80,9 @@ def model_and_prompts(arrays: Arrays, clean: torch.Tensor, corrupt: torch.Tensor
     return model.eval(), clean, corrupt
 
 
-def score(made: tuple[Any, ...], arguments: argparse.Namespace) -> Edges:
+def score(made: tuple[Any, ...], method: str, steps: int) -> Edges:
     """TransformerLens' own function."""
-    if arguments.method != "eap":
+    if method != "eap":
         raise SystemExit("TransformerLens 4.3 has no integrated gradients for edges; there is --method=eap")
     config = EdgeAttributionConfig(granularity="edge")
     return attribution_patch(*made, lambda logits: difference(logits).sum(), config).edge_scores

@@ -21,11 +21,11 @@ from jaxtyping import Array
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.search.decide import WHOLE, decided
-from mi_jax.circuits.search.layers import depend_on_each_other
+from mi_jax.circuits.search.decide import WHOLE, decided, present
+from mi_jax.circuits.search.layers import depend_on_each_other, groups_of
 from mi_jax.circuits.search.objective import Objective, check_objective, loss_of
 from mi_jax.circuits.search.order import changed_parts, reader_layers, reverse_topological, useful_readers
-from mi_jax.circuits.search.resume import CleanRun, clean_run
+from mi_jax.circuits.search.resume import CleanRun, Plan, clean_run
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
@@ -150,7 +150,8 @@ class _Decisions:
         rounded = clean.logits.dtype.type(threshold)
         up = np.nextafter(rounded, np.inf, dtype=rounded.dtype) if rounded < threshold else rounded
         self._threshold = jnp.asarray(up)
-        self._layers, self._shared = reader_layers(graph), depend_on_each_other(model.config)
+        self._layers, self._layer, self._now = reader_layers(graph), -1, None
+        self._parts = {"n_groups": groups_of(model.config).n, "shared": depend_on_each_other(model.config)}
         self.removed, self.scores = np.zeros_like(graph.edges), np.zeros(graph.edges.shape)
         self.loss = float(loss_of(objective, task, clean.logits)(clean.logits))
         self.runs, self.rounds = 1, 1
@@ -165,27 +166,30 @@ class _Decisions:
         if not useful[reader]:
             self.removed[sources[sources != WHOLE], reader] = True
         elif len(sources):
-            self._decide(reader, sources, changed_parts(graph, circuit, useful, reader, shared=self._shared))
+            self._decide(reader, sources, useful)
 
-    def _decide(self, reader: int, sources: np.ndarray, changes: np.ndarray) -> None:
+    def _decide(self, reader: int, sources: np.ndarray, useful: np.ndarray) -> None:
+        layer, at = int(self._layers[reader]), (self._model, self._task, self._clean, self.removed)
+        if layer != self._layer:
+            self._now = present(*at, layer) if layer < self._graph.n_layers else None
+            self._layer = layer
         padded = np.zeros(self._graph.n_sources, np.int32)
         padded[: len(sources)] = sources
-        found = decided(
-            self._model,
-            self._task,
-            self._clean,
-            self.removed,
+        found, self._now = decided(
+            *at,
             np.asarray(reader, np.int32),
             padded,
             np.asarray(len(sources), np.int32),
             self._clean.logits.dtype.type(self.loss),
             self._threshold,
             self._absolute,
-            changes,
-            layer=int(self._layers[reader]),
+            self._now,
+            self._plan(reader, useful),
+            layer=layer,
             into_head="<" in self._graph.readers[reader],
             objective=self._objective,
-            window=self._window,
+            # no wider than there are sources to read
+            window=min(self._window, 1 + layer * self._graph.layer_sources),
         )
         found = jax.device_get(found)
         self.removed[:, reader] = found.row
@@ -193,3 +197,9 @@ class _Decisions:
             self.scores[sources, reader] = found.costs[: len(sources)]
         self.loss = float(found.loss)
         self.runs, self.rounds = self.runs + int(found.runs), self.rounds + int(found.rounds)
+
+    def _plan(self, reader: int, useful: np.ndarray) -> Plan:
+        changes = changed_parts(self._graph, self._graph.edges & ~self.removed, useful, reader, **self._parts)
+        groups = changes[:, :-1]
+        order = np.argsort(~groups, axis=1, kind="stable").astype(np.int32)
+        return Plan(order, groups.sum(1, dtype=np.int32), changes[:, -1])

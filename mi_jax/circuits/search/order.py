@@ -46,30 +46,42 @@ def useful_readers(graph: Graph, circuit: np.ndarray) -> np.ndarray:
 
 
 def changed_parts(
-    graph: Graph, circuit: np.ndarray, useful: np.ndarray, reader: int, *, shared: bool
+    graph: Graph, circuit: np.ndarray, useful: np.ndarray, reader: int, *, n_groups: int, shared: bool
 ) -> np.ndarray:
-    """Which parts of a layer compute something else, and matter, when a reader reads something else: `[layer 2]`.
+    """Which parts of layers compute something else, and matter, when a reader reads something else: `[layer part]`.
 
-    The two parts are the attention and the MLP; a part that the reader itself belongs to is not counted.
+    The parts are the groups of heads, of which there are `n_groups` to a layer, and then the MLP. The part that the
+    reader itself belongs to is not counted.
 
     Args:
       useful: `useful_readers` of the circuit.
-      shared: a head that changes changes all of its layer.
+      shared: a head that changes changes what all heads of its layer write.
     """
-    fed, out = feeds(graph), np.zeros((graph.n_layers, 2), bool)
-    layers, parts = reader_layers(graph), np.asarray(["<" not in name for name in graph.readers])
-    changed = fed[reader].copy()
-    heads = np.asarray([name[0] == "a" for name in graph.sources])
-    written = np.asarray([-1, *(_layer(name) for name in graph.sources[1:])])
+    fed, layers, parts = feeds(graph), reader_layers(graph), _parts(graph, n_groups)
+    out, changed = np.zeros((graph.n_layers, n_groups + 1), bool), fed[reader].copy()
+    first = 1 + layers[reader] * graph.layer_sources
     if shared and "<" in graph.readers[reader]:
-        changed |= heads & (written == layers[reader])
+        changed[first : first + graph.n_heads] = True
     for layer in range(layers[reader], graph.n_layers):
-        for part in range(2):
-            hit = (circuit & changed[:, None]).any(0) & useful & (layers == layer) & (parts == part)
-            out[layer, part] = hit.any()
+        for is_mlp in (False, True):
+            here = (layers == layer) & ((parts == n_groups) == is_mlp) & useful
+            hit = here & (circuit & changed[:, None]).any(0)
+            out[layer, parts[hit]] = True
             changed |= fed[hit].any(0)
-            if shared and part == 0 and hit.any():
-                changed |= heads & (written == layer)
+            begin = 1 + layer * graph.layer_sources
+            if shared and hit.any() and not is_mlp:
+                changed[begin : begin + graph.n_heads] = True
+    return out
+
+
+@functools.cache
+def _parts(graph: Graph, n_groups: int) -> np.ndarray:
+    """Of every reader its group of heads; the number of groups for the MLP and the logits."""
+    out = np.full(graph.n_readers, n_groups)
+    for r, name in enumerate(graph.readers):
+        if "<" in name:
+            among = graph.n_heads if name.endswith("<q>") else graph.n_kv_heads
+            out[r] = int(name.partition("<")[0].partition(".h")[2]) * n_groups // among
     return out
 
 

@@ -1,8 +1,8 @@
-"""Losses of circuits that differ in what one reader reads, from the layer of that reader on.
+"""Runs of circuits that differ in what one reader reads, from the layer of that reader on.
 
-Before it nothing is corrupted yet. What the present circuit computes there is computed once, and of each variant only
-what differs from it: in the reader's layer the heads that the reader belongs to, in later layers the parts that
-something leads to.
+Before it nothing is corrupted yet. What the present circuit computes from there on is kept, and of each variant only
+what differs from it is computed: in the reader's layer the heads that the reader belongs to, in later layers the parts
+that some edge of the circuit leads to.
 """
 
 from collections.abc import Callable
@@ -11,28 +11,33 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.answer import at_answer
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.search.layers import (
     Feed,
+    Groups,
     Heads,
+    Place,
     Wrote,
     after_heads,
     depend_on_each_other,
     feed,
     groups_of,
     heads_of,
+    members,
     one_group,
     place_of,
     summed,
 )
-from mi_jax.circuits.search.objective import Loss
 from mi_jax.circuits.sources import plain_run
 from mi_jax.core.taps import Tap
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
+
+Read = Callable[[Array], Array]
 
 
 class CleanRun(eqx.Module):
@@ -58,26 +63,49 @@ def clean_run(model: Decoder, task: Task, patch: Float[Array, "source batch pos 
     return CleanRun(run.streams, patch - run.sources, patch, logits)
 
 
-class Written(NamedTuple):
-    """Differences that some sources wrote, with the weights of their edges into every reader."""
+class Change(NamedTuple):
+    """By how much the differences of some sources change, with the weights of their edges into every reader."""
 
     weights: Float[Array, "source reader"]
     values: Float[Array, "source batch query d_model"]
 
 
-class Later(NamedTuple):
-    """What the layers after one did; those between are stacked, and None where there is none."""
+class Present(NamedTuple):
+    """What the circuit computes from a layer on; a part that does not exist is None.
 
+    Attributes:
+      here, between, last: what the layer, those after it and the last one did; those between are stacked.
+      between_reads, last_reads, logits_read: what they and the logits read beside the stream.
+    """
+
+    here: Wrote
     between: Wrote | None
+    between_reads: Float[Array, "layer reader batch pos d_model"] | None
     last: Wrote | None
+    last_reads: Feed | None
+    logits_read: Float[Array, "batch 1 d_model"]
+
+
+class Plan(NamedTuple):
+    """What of every layer has to be computed again.
+
+    Attributes:
+      groups: numbers of the groups of heads, those that change first.
+      n_groups: how many change.
+      mlp: whether the MLP does.
+    """
+
+    groups: Int[Array, "layer group"]
+    n_groups: Int[Array, " layer"]
+    mlp: Bool[Array, " layer"]
 
 
 class Runs:
-    """Runs of one circuit that are resumed at one layer.
+    """Runs of circuits that are resumed at one layer.
 
     Args:
       removed: edges, none of which is read before `layer`.
-      layer: that of the reader; the number of layers stands for the logits.
+      layer: that of the reader.
     """
 
     def __init__(
@@ -87,78 +115,183 @@ class Runs:
         self.graph = Graph.of(model.config)
         self.weights = removed.astype(clean.patch.dtype)
         self.last = self.graph.n_layers - 1
-        self.first_own = 1 + layer * self.graph.layer_sources
-        self.earlier = Written(self.weights[: self.first_own], clean.difference[: self.first_own])
-        self.shared = depend_on_each_other(model.config)
-        if layer <= self.last:
-            self.place = place_of(model, task, layer, is_last=layer == self.last)
-            self.x = clean.streams[layer]
+        self.begin = 1 + layer * self.graph.layer_sources
+        self.end = self.begin + self.graph.layer_sources
+        self.place = place_of(model, task, layer, is_last=layer == self.last)
+        self.x = clean.streams[layer]
+        # differences of the sources before the layer, at the positions that ask
+        self.earlier = clean.difference[: self.begin]
+        self.asking = self._at_answer(self.earlier) if self.place.is_last else self.earlier
 
-    def logits_reader(self, loss: Loss) -> Callable[[Array], Array]:
-        """The loss when the logits read the sources of a row corrupted."""
-        x, values = (at_answer(v, self.task.position, a) for v, a in ((self.clean.streams[-1], 1), (self._all, 2)))
-        return lambda row: loss(self._head(x + summed(row[:, None], values)[0]))
+    def present(self) -> Present:
+        """What the circuit itself computes."""
+        graph, model, n = self.graph, self.model, self.graph.layer_readers
+        own, columns = self._columns(self.weights, self.layer), self.weights[: self.begin]
+        fed = feed(graph, self.task, own[: self.begin], self.earlier, is_last=self.place.is_last)
+        z = heads_of(model.config, self.place, self.x, fed)
+        heads = self._heads(None, self.layer, is_last=self.place.is_last)
+        x, here = after_heads(model, self.place, self.x, z, fed.mlp, heads)
+        written, between, between_reads, last, last_reads = [self.earlier, _sources(here)], None, None, None, None
+        if self.layer + 1 < self.last:
+            buffer = jnp.zeros_like(self.clean.difference).at[: self.end].set(jnp.concatenate(written))
 
-    @property
-    def _all(self) -> Array:
-        return self.clean.difference
+            def body(carry, number):
+                x, buffer = carry
+                read = summed(self._columns(self.weights, number), buffer)
+                fed = Feed(*jnp.split(read, (graph.n_heads, n - graph.has_mlp)))
+                place = place_of(model, self.task, number, is_last=False)
+                z = heads_of(model.config, place, x, fed)
+                heads = self._heads(None, number, is_last=False)
+                x, wrote = after_heads(model, place, x, z, fed.mlp, heads)
+                at = 1 + number * graph.layer_sources
+                return (x, jax.lax.dynamic_update_slice_in_dim(buffer, _sources(wrote), at, 0)), (wrote, read)
 
-    def mlp_reader(self, loss: Loss, changes: Bool[Array, "layer 2"]) -> Callable[[Array], Array]:
-        """The loss when the MLP of the layer reads the sources of a row corrupted."""
-        wrote, later, bases = self._present()
-        bases = self._with(bases, self._own_heads(wrote, None))
-        own = slice(self.first_own + self.graph.n_heads, self.first_own + self.graph.layer_sources)
-        own_heads = slice(self.first_own, self.first_own + self.graph.n_heads)
-        values = at_answer(self.earlier.values, self.task.position, 2) if self.place.is_last else self.earlier.values
+            numbers = jnp.arange(self.layer + 1, self.last, dtype=jnp.int32)
+            (x, buffer), (between, between_reads) = jax.lax.scan(body, (x, buffer), numbers)
+            written = [buffer[: 1 + self.last * graph.layer_sources]]
+        if self.layer < self.last:
+            values = jnp.concatenate(written)
+            rows = self._columns(self.weights, self.last)[: len(values)]
+            last_reads = feed(graph, self.task, rows, values, is_last=True)
+            place = place_of(model, self.task, self.last, is_last=True)
+            z = heads_of(model.config, place, x, last_reads)
+            heads = self._heads(None, self.last, is_last=True)
+            last = after_heads(model, place, x, z, last_reads.mlp, heads)[1]
+            written = [values, _sources(last)]
+        values = jnp.concatenate([self._at_answer(v) for v in written])
+        return Present(here, between, between_reads, last, last_reads, summed(self.weights[:, -1:], values)[0])
+
+    def mlp_reader(self, now: Present, plan: Plan) -> Callable[[Array], tuple[Array, Present]]:
+        """Logits, and what is computed, when the MLP of the layer reads the sources of a row corrupted."""
+        own = slice(self.begin + self.graph.n_heads, self.end)
+        heads = self._heads(None, self.layer, is_last=self.place.is_last)
 
         def run(row):
-            into = summed(row[: self.first_own, None], values)
-            heads = self._heads(None, self.layer, is_last=self.place.is_last)._replace(to_mlp=row[own_heads])
-            x, new = after_heads(self.model, self.place, self.x, wrote.z, into, heads)
-            return loss(self._rest(x, Written(self.weights[own], new.mlp), bases, later, changes)[0])
+            into = summed(row[: self.begin, None], self.asking)
+            to_mlp = row[self.begin : self.begin + self.graph.n_heads]
+            x, here = after_heads(self.model, self.place, self.x, now.here.z, into, heads._replace(to_mlp=to_mlp))
+            return self._rest(x, here, [Change(self.weights[own], here.mlp - now.here.mlp)], now, plan)
 
         return run
 
     def head_reader(
-        self, loss: Loss, reader: Int[Array, ""], changes: Bool[Array, "layer 2"]
-    ) -> Callable[[Array], Array]:
-        """The loss when a query, key or value of the layer, by its number there, reads a row corrupted."""
+        self, reader: Int[Array, ""], now: Present, plan: Plan
+    ) -> Callable[[Array], tuple[Array, Present]]:
+        """The same when a query, key or value of the layer, by its number there, reads a row corrupted."""
         graph, groups, config = self.graph, groups_of(self.model.config), self.model.config
-        h, kv = graph.n_heads, graph.n_kv_heads
-        wrote, later, bases = self._present()
-        numbers = jnp.concatenate(
-            [jnp.full((h,), 0, jnp.int32), jnp.full((kv,), h, jnp.int32), jnp.full((kv,), h + kv, jnp.int32)]
-        )
-        sizes = [groups.heads] * h + [groups.kv_heads] * (2 * kv)
-        group = (reader - numbers[reader]) // jnp.asarray(sizes, jnp.int32)[reader]
-        queries = group * groups.heads + jnp.arange(groups.heads, dtype=jnp.int32)
-        keys = h + group * groups.kv_heads + jnp.arange(groups.kv_heads, dtype=jnp.int32)
-        columns = jnp.concatenate([queries, keys, keys + kv])
-        read = self.weights[: self.first_own, self.layer * graph.layer_readers + columns]
-        plain, chosen = summed(read, self.earlier.values), columns == reader
+        group = _group_of(graph, groups)[reader]
+        queries, keys = members(graph, groups, group)
+        columns = jnp.concatenate([queries, graph.n_heads + keys, graph.n_heads + graph.n_kv_heads + keys])
+        read = self.weights[: self.begin, self.layer * graph.layer_readers + columns]
+        plain, chosen = summed(read, self.earlier), columns == reader
         smaller, place = one_group(config, self.place, group)
-        moving = None if self.shared else queries
-        if moving is not None:
-            fixed = jnp.ones(h, bool).at[moving].set(False)
-            bases = self._with(bases, self._own_heads(wrote, fixed))
-        into = self._fixed_into_mlp(wrote, moving)
-        g, k = groups.heads, groups.heads + 2 * groups.kv_heads
-        own_heads = self.weights[self.first_own : self.first_own + h]
-        own_mlp = self.weights[self.first_own + h : self.first_own + graph.layer_sources]
-        own = jnp.concatenate([own_heads if moving is None else own_heads[moving], own_mlp])
+        moving = None if depend_on_each_other(config) else queries
+        heads = self._heads(moving, self.layer, is_last=self.place.is_last)
+        into = now.here.mlp
+        if graph.has_mlp:
+            into = summed(self._columns(self.weights[: self.begin], self.layer)[:, -1:], self.asking)
+        if moving is not None and not graph.parallel:
+            others = self._heads(None, self.layer, is_last=self.place.is_last).to_mlp.at[moving].set(0.0)
+            into = into + summed(others[:, None], now.here.heads)
+        rows, old = self.weights[self.begin : self.begin + graph.n_heads], now.here.heads
+        rows, old = (rows, old) if moving is None else (rows[moving], old[moving])
+        own, n = jnp.concatenate([rows, self.weights[self.begin + graph.n_heads : self.end]]), len(queries)
 
         def run(row):
-            changed = summed(row[: self.first_own, None], self.earlier.values)
+            changed = summed(row[: self.begin, None], self.earlier)
             values = jnp.where(chosen[:, None, None, None], changed, plain)
-            asking = at_answer(values[:g], self.task.position, 2) if place.is_last else values[:g]
-            z = heads_of(smaller, place, self.x, Feed(asking, values[g:k], asking[:0]))
-            z = z if groups.n == 1 else jax.lax.dynamic_update_slice_in_dim(wrote.z, z, group * g, 2)
-            heads = self._heads(moving, self.layer, is_last=self.place.is_last)
-            x, new = after_heads(self.model, self.place, self.x, z, into, heads, wrote, changes[self.layer, 1])
-            mine = Written(own, jnp.concatenate([new.heads, new.mlp]))
-            return loss(self._rest(x, mine, bases, later, changes)[0])
+            asking = self._at_answer(values[:n]) if place.is_last else values[:n]
+            z = heads_of(smaller, place, self.x, Feed(asking, values[n:], asking[:0]))
+            z = z if groups.n == 1 else jax.lax.dynamic_update_slice_in_dim(now.here.z, z, group * n, 2)
+            x, here = after_heads(
+                self.model, self.place, self.x, z, into, heads, now.here, plan.mlp[self.layer]
+            )
+            change = Change(own, jnp.concatenate([here.heads - old, here.mlp - now.here.mlp]))
+            everything = here.heads if moving is None else now.here.heads.at[moving].set(here.heads)
+            return self._rest(x, here._replace(heads=everything), [change], now, plan)
 
         return run
+
+    def _rest(
+        self, x: Array, here: Wrote, changes: list[Change], now: Present, plan: Plan
+    ) -> tuple[Float[Array, "batch 1 d_vocab"], Present]:
+        """The logits when sources of the layer changed, and what is computed now."""
+        between, between_reads, last, last_reads = now.between, now.between_reads, now.last, now.last_reads
+        into_logits = changes
+        if between is not None and between_reads is not None:
+            x, between, between_reads, change = self._between(x, changes, between, between_reads, plan)
+            changes = [*changes, change]
+        if last is not None and last_reads is not None:
+            here_only = [Change(c.weights, self._at_answer(c.values)) for c in changes]
+            h, end, columns = self.graph.n_heads, self.graph.layer_readers - self.graph.has_mlp, self.last
+
+            def queries(which):
+                return last_reads.queries[which] + self._changed(here_only, columns, which)
+
+            def keys_values(which):
+                return last_reads.keys_values[which] + self._changed(changes, columns, h + which)
+
+            into = last_reads.mlp + self._changed(here_only, columns, jnp.arange(end, self.graph.layer_readers))
+            place = place_of(self.model, self.task, self.last, is_last=True)
+            x, wrote = self._layer(place, x, queries, keys_values, into, last, plan)
+            rows = self.weights[1 + self.last * self.graph.layer_sources :]
+            into_logits = [*here_only, Change(rows, _sources(wrote) - _sources(last))]
+            q, kv = jnp.arange(h), jnp.arange(end - h)
+            last, last_reads = wrote, Feed(queries(q), keys_values(kv), into)
+        read = now.logits_read
+        for change in into_logits:
+            read = read + summed(change.weights[:, -1:], self._at_answer(change.values))[0]
+        logits = self._head((x if x.shape[1] == 1 else self._at_answer(x[None])[0]) + read)
+        return logits, Present(here, between, between_reads, last, last_reads, read)
+
+    def _between(self, x: Array, changes: list[Change], known: Wrote, reads: Array, plan: Plan):
+        """The layers between the reader's and the last."""
+        graph, n_layers = self.graph, len(reads)
+        rows = self.weights[self.end : self.end + n_layers * graph.layer_sources]
+        buffer = jnp.zeros((len(rows), *x.shape), x.dtype)
+        h, end = graph.n_heads, graph.layer_readers - graph.has_mlp
+
+        def body(carry, row):
+            x, buffer = carry
+            i, known, reads = row
+            number = self.layer + 1 + i
+            sources = changes if n_layers == 1 else [*changes, Change(rows, buffer)]
+
+            def read(which):
+                return reads[which] + self._changed(sources, number, which)
+
+            place = place_of(self.model, self.task, number, is_last=False)
+            into = read(jnp.arange(end, graph.layer_readers))
+            x, wrote = self._layer(place, x, read, lambda which: read(h + which), into, known, plan)
+            own = _sources(wrote) - _sources(known)
+            buffer = jax.lax.dynamic_update_slice_in_dim(buffer, own, i * graph.layer_sources, 0)
+            return (x, buffer), (wrote, read(jnp.arange(graph.layer_readers)))
+
+        numbers = jnp.arange(n_layers, dtype=jnp.int32)
+        (x, buffer), (wrote, reads) = jax.lax.scan(body, (x, buffer), (numbers, known, reads))
+        return x, wrote, reads, Change(rows, buffer)
+
+    def _layer(
+        self, place: Place, x: Array, queries: Read, keys_values: Read, into: Array, known: Wrote, plan: Plan
+    ) -> tuple[Array, Wrote]:
+        """A later layer, in which only the groups that change gather anew."""
+        graph, groups, number = self.graph, groups_of(self.model.config), place.number
+
+        def gathered(i, z):
+            group = plan.groups[number, i]
+            q, kv = members(graph, groups, group)
+            config, smaller = one_group(self.model.config, place, group)
+            fed = Feed(queries(q), keys_values(jnp.concatenate([kv, graph.n_kv_heads + kv])), into)
+            return jax.lax.dynamic_update_slice_in_dim(z, heads_of(config, smaller, x, fed), group * groups.heads, 2)
+
+        z = jax.lax.fori_loop(0, plan.n_groups[number], gathered, known.z)
+        heads = self._heads(None, number, is_last=place.is_last)
+        return after_heads(self.model, place, x, z, into, heads, known, plan.mlp[number])
+
+    def _changed(self, changes: list[Change], number: int | Array, which: Array) -> Array:
+        """By how much these readers of a layer read something else."""
+        columns = number * self.graph.layer_readers + which
+        return sum((summed(c.weights[:, columns], c.values) for c in changes[1:]), summed(changes[0].weights[:, columns], changes[0].values))
 
     def _columns(self, weights: Array, number: int | Array) -> Array:
         n = self.graph.layer_readers
@@ -169,115 +302,29 @@ class Runs:
         rows = jax.lax.dynamic_slice_in_dim(self.weights, begin, h)
         to_mlp = self._columns(rows, number)[:, -1]
         patch = jax.lax.dynamic_slice_in_dim(self.clean.patch, begin, self.graph.layer_sources)
-        patch = at_answer(patch, self.task.position, 2) if is_last else patch
+        patch = self._at_answer(patch) if is_last else patch
         mlp_patch, patch = patch[h:], patch[:h]
         return Heads(moving, *((v if moving is None else v[moving]) for v in (to_mlp, patch)), mlp_patch)
 
-    def _own_heads(self, wrote: Wrote, which: Array | None) -> Written:
-        rows = self.weights[self.first_own : self.first_own + self.graph.n_heads]
-        return Written(rows if which is None else jnp.where(which[:, None], rows, 0), wrote.heads)
-
-    def _fixed_into_mlp(self, wrote: Wrote, moving: Array | None) -> Array:
-        """What the MLP of the layer reads of sources that do not change."""
-        graph = self.graph
-        if not graph.has_mlp:
-            return wrote.mlp
-        column = self._columns(self.earlier.weights, self.layer)[:, -1:]
-        values = at_answer(self.earlier.values, self.task.position, 2) if self.place.is_last else self.earlier.values
-        into = summed(column, values)
-        if moving is None or graph.parallel:
-            return into
-        to_mlp = self._heads(None, self.layer, is_last=self.place.is_last).to_mlp.at[moving].set(0.0)
-        return into + summed(to_mlp[:, None], wrote.heads)
-
-    def _present(self) -> tuple[Wrote, Later, list]:
-        """What the circuit itself does, and what the later layers read of earlier ones."""
-        fed = feed(
-            self.graph,
-            self.task,
-            self._columns(self.earlier.weights, self.layer),
-            self.earlier.values,
-            is_last=self.place.is_last,
-        )
-        z = heads_of(self.model.config, self.place, self.x, fed)
-        x, wrote = after_heads(self.model, self.place, self.x, z, fed.mlp, self._heads(None, self.layer, is_last=self.place.is_last))
-        bases = self._feeds(self.earlier)
-        rows = self.weights[self.first_own : self.first_own + self.graph.layer_sources]
-        mine = Written(rows, jnp.concatenate([wrote.heads, wrote.mlp]))
-        return wrote, self._rest(x, mine, bases, None, None)[1], bases
-
-    def _feeds(self, written: Written) -> list:
-        """What layers between, the last one and the logits read of some sources."""
-        between = None
-        if self.layer + 1 < self.last:
-            n = self.graph.layer_readers
-            weights = written.weights[:, (self.layer + 1) * n : self.last * n]
-            between = summed(weights, written.values).reshape(-1, n, *written.values.shape[1:])
-        last = None
-        if self.layer < self.last:
-            last = feed(
-                self.graph, self.task, self._columns(written.weights, self.last), written.values, is_last=True
-            )
-        values = written.values
-        if values.shape[2] > 1 or not self.place.is_last:
-            values = at_answer(values, self.task.position, 2)
-        return [between, last, summed(written.weights[:, -1:], values)[0]]
-
-    def _with(self, bases: list, written: Written) -> list:
-        return jax.tree.map(jnp.add, bases, self._feeds(written))
-
-    def _rest(
-        self, x: Array, mine: Written, bases: list, known: Later | None, changes: Array | None
-    ) -> tuple[Array, Later]:
-        """The logits when some sources of the layer wrote this, and what later layers did."""
-        between, last = None, None
-        feeds = self._with(bases, mine)
-        if self.layer + 1 < self.last:
-            x, between, values = self._between(x, feeds[0], None if known is None else known.between, changes)
-            begin = self.first_own + self.graph.layer_sources
-            feeds = self._with_last(feeds, Written(self.weights[begin : begin + len(values)], values))
-        if self.layer < self.last:
-            wrote = None if known is None else known.last
-            x, last = self._step(self.last, x, feeds[1], wrote, changes, is_last=True)
-            values = jnp.concatenate([last.heads, last.mlp])
-            begin = len(self.weights) - len(values)
-            x = x + summed(self.weights[begin:, -1:], values)[0]
-        return self._head(x + feeds[2]), Later(between, last)
-
-    def _with_last(self, feeds: list, written: Written) -> list:
-        last = feed(self.graph, self.task, self._columns(written.weights, self.last), written.values, is_last=True)
-        logits = summed(written.weights[:, -1:], at_answer(written.values, self.task.position, 2))[0]
-        return [None, jax.tree.map(jnp.add, feeds[1], last), feeds[2] + logits]
-
-    def _between(self, x: Array, feeds: Array, known: Wrote | None, changes: Array | None):
-        """The layers between the reader's and the last."""
-        graph, begin = self.graph, self.first_own + self.graph.layer_sources
-        n, per_layer, h, end = len(feeds), graph.layer_sources, graph.n_heads, graph.n_heads + 2 * graph.n_kv_heads
-        rows = self.weights[begin : begin + n * per_layer]
-        buffer = jnp.zeros((n * per_layer, *x.shape), x.dtype)
-
-        def body(carry, row):
-            x, buffer = carry
-            i, base, wrote = row
-            number = self.layer + 1 + i
-            read = base if n == 1 else base + summed(self._columns(rows, number), buffer)
-            x, wrote = self._step(number, x, Feed(read[:h], read[h:end], read[end:]), wrote, changes, is_last=False)
-            own = jnp.concatenate([wrote.heads, wrote.mlp])
-            return (x, jax.lax.dynamic_update_slice_in_dim(buffer, own, i * per_layer, 0)), wrote
-
-        (x, buffer), wrote = jax.lax.scan(body, (x, buffer), (jnp.arange(n, dtype=jnp.int32), feeds, known))
-        return x, wrote, buffer
-
-    def _step(
-        self, number: int | Array, x: Array, fed: Feed, known: Wrote | None, changes: Array | None, *, is_last: bool
-    ) -> tuple[Array, Wrote]:
-        place = place_of(self.model, self.task, number, is_last=is_last)
-        heads = self._heads(None, number, is_last=is_last)
-        if known is None or changes is None:
-            z = heads_of(self.model.config, place, x, fed)
-            return after_heads(self.model, place, x, z, fed.mlp, heads)
-        z = jax.lax.cond(changes[number, 0], lambda: heads_of(self.model.config, place, x, fed), lambda: known.z)
-        return after_heads(self.model, place, x, z, fed.mlp, heads, known, changes[number, 1])
+    def _at_answer(self, values: Float[Array, "source batch query d_model"]) -> Array:
+        # one position is already that of the answer, or the only one
+        return values if values.shape[2] == 1 else at_answer(values, self.task.position, 2)
 
     def _head(self, x: Array) -> Array:
         return self.model.head(x, Tap(self.model.site_table, {}, (), {}, None))
+
+
+def logits_reader(model: Decoder, task: Task, clean: CleanRun) -> Callable[[Array], Array]:
+    """Logits when they read the sources of a row corrupted."""
+    x, values = (at_answer(v, task.position, a) for v, a in ((clean.streams[-1], 1), (clean.difference, 2)))
+    tap = Tap(model.site_table, {}, (), {}, None)
+    return lambda row: model.head(x + summed(row[:, None], values)[0], tap)
+
+
+def _sources(wrote: Wrote) -> Array:
+    return jnp.concatenate([wrote.heads, wrote.mlp])
+
+
+def _group_of(graph: Graph, groups: Groups) -> Int[Array, " reader"]:
+    q, kv = (np.arange(n, dtype=np.int32) * groups.n // n for n in (graph.n_heads, graph.n_kv_heads))
+    return jnp.asarray(np.concatenate([q, kv, kv]))
