@@ -85,7 +85,8 @@ def acdc(
       absolute: compare the size of the change, so that edges whose removal lowers the loss by more are kept too.
       whole_readers: first try to remove all edges into a query, key or value at once, as the authors' code does.
       ablation: what removed edges carry, see `ablation_values`.
-      window: edges evaluated at once; bounds the memory and does not change the result.
+      window: edges evaluated at once, half as many before the last layer; bounds the memory and does not change the
+        result.
       progress: called with the number of decided edges and of all edges.
 
     Raises:
@@ -188,8 +189,7 @@ class _Decisions:
             layer=layer,
             into_head="<" in self._graph.readers[reader],
             objective=self._objective,
-            # no wider than there are sources to read
-            window=min(self._window, 1 + layer * self._graph.layer_sources),
+            window=self._width(layer),
         )
         found = jax.device_get(found)
         self.removed[:, reader] = found.row
@@ -197,6 +197,11 @@ class _Decisions:
             self.scores[sources, reader] = found.costs[: len(sources)]
         self.loss = float(found.loss)
         self.runs, self.rounds = self.runs + int(found.runs), self.rounds + int(found.rounds)
+
+    def _width(self, layer: int) -> int:
+        """Edges at once: where a run is more than its last layer, a wrong guess costs more than a program."""
+        width = self._window if layer >= self._graph.n_layers - 1 else -(-self._window // 2)
+        return min(width, 1 + layer * self._graph.layer_sources)
 
     def _plan(self, reader: int, useful: np.ndarray) -> Plan:
         changes = changed_parts(self._graph, self._graph.edges & ~self.removed, useful, reader, **self._parts)
