@@ -5,6 +5,10 @@
 dictionaries' features), `formats` (files), `das` (alignment with causal variables).
 """
 
+from mi_jax.circuits import features as features
+from mi_jax.circuits import formats as formats
+from mi_jax.circuits import metrics as metrics
+from mi_jax.circuits import scrubbing as scrubbing
 from mi_jax.circuits.ablation import ablation_values as ablation_values
 from mi_jax.circuits.ablation import optimal_ablation as optimal_ablation
 from mi_jax.circuits.das import IIA as IIA
@@ -32,6 +36,10 @@ from mi_jax.circuits.masked import masked_forward as masked_forward
 from mi_jax.circuits.measures import kl_divergence as kl_divergence
 from mi_jax.circuits.metrics import CircuitReport as CircuitReport
 from mi_jax.circuits.metrics import evaluate_circuit as evaluate_circuit
+from mi_jax.circuits.nodes import node_scores as node_scores
 from mi_jax.circuits.scores import METHODS as METHODS
 from mi_jax.circuits.scores import edge_scores as edge_scores
+from mi_jax.circuits.search import acdc as acdc
+from mi_jax.circuits.search import learn_mask as learn_mask
+from mi_jax.circuits.search import select_edges as select_edges
 from mi_jax.circuits.sources import source_outputs as source_outputs

@@ -1,5 +1,6 @@
 """Data: corpora, tokenisation and tasks."""
 
+from mi_jax.data import tasks as tasks
 from mi_jax.data.activations import ActivationStore as ActivationStore
 from mi_jax.data.activations import ActivationStream as ActivationStream
 from mi_jax.data.activations import StoredActivations as StoredActivations
