@@ -3,11 +3,12 @@
 Edge by edge, with L the loss of the circuit so far: the edge is removed if `L(without it) − L < threshold`. The order
 is that of the published code (`reverse_topological`). What makes it fast here, with the same decisions:
 
-- A window of the next edges is evaluated at once, each in the circuit that it would meet if the decisions before it
-  were as guessed. Up to and including the first wrong guess these are the runs that the sequential rule makes; the rest
-  is evaluated again in the next window, with what was just measured as the guess.
+- A window of the next edges into one reader is evaluated at once, each in the circuit that it would meet if the
+  decisions before it were as guessed. Up to and including the first wrong guess these are the runs that the sequential
+  rule makes; the rest is evaluated again in the next window, with what was just measured as the guess.
 - Edges into a reader from which nothing leads to the logits any more are removed without a run: they change nothing.
-- A run starts at the layer of the earliest reader of the window: before it nothing is corrupted yet.
+- A run starts at the layer of the reader and computes what differs from the circuit so far: the heads or the MLP that
+  read it, and later what some edge that is left leads to. All decisions about one reader are one program.
 """
 
 import dataclasses
@@ -146,7 +147,8 @@ class _Decisions:
         window: int,
     ):
         self._graph, self._model, self._task, self._clean = graph, model, task, clean
-        self._absolute, self._objective, self._window = np.asarray(absolute), objective, window
+        self._absolute, self._window = jnp.asarray(absolute), window
+        self._objective: Objective = objective
         # rounded up, a comparison of numbers of this dtype comes out as with the threshold itself
         rounded = clean.logits.dtype.type(threshold)
         up = np.nextafter(rounded, np.inf, dtype=rounded.dtype) if rounded < threshold else rounded
@@ -170,18 +172,18 @@ class _Decisions:
             self._decide(reader, sources, useful)
 
     def _decide(self, reader: int, sources: np.ndarray, useful: np.ndarray) -> None:
-        layer, at = int(self._layers[reader]), (self._model, self._task, self._clean, self.removed)
+        layer, at = int(self._layers[reader]), (self._model, self._task, self._clean, jnp.asarray(self.removed))
         if layer != self._layer:
             self._now = present(*at, layer) if layer < self._graph.n_layers else None
             self._layer = layer
         padded = np.zeros(self._graph.n_sources, np.int32)
         padded[: len(sources)] = sources
-        found, self._now = decided(
+        found = decided(
             *at,
-            np.asarray(reader, np.int32),
-            padded,
-            np.asarray(len(sources), np.int32),
-            self._clean.logits.dtype.type(self.loss),
+            jnp.asarray(reader, jnp.int32),
+            jnp.asarray(padded),
+            jnp.asarray(len(sources), jnp.int32),
+            jnp.asarray(self.loss, self._clean.logits.dtype),
             self._threshold,
             self._absolute,
             self._now,
@@ -192,7 +194,9 @@ class _Decisions:
             window=self._width(layer),
         )
         found = jax.device_get(found)
-        self.removed[:, reader] = found.row
+        if (self.removed[:, reader] != found.row).any():
+            self._layer = -1
+            self.removed[:, reader] = found.row
         if sources[0] != WHOLE:
             self.scores[sources, reader] = found.costs[: len(sources)]
         self.loss = float(found.loss)
@@ -207,4 +211,5 @@ class _Decisions:
         changes = changed_parts(self._graph, self._graph.edges & ~self.removed, useful, reader, **self._parts)
         groups = changes[:, :-1]
         order = np.argsort(~groups, axis=1, kind="stable").astype(np.int32)
-        return Plan(order, groups.sum(1, dtype=np.int32), changes[:, -1])
+        found = order, groups.sum(1, dtype=np.int32), changes[:, -1]
+        return Plan(*(jnp.asarray(v) for v in found))

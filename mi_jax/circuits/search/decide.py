@@ -47,36 +47,24 @@ def decided(
     into_head: bool,
     objective: Objective,
     window: int,
-) -> tuple[Decided, Present | None]:
+) -> Decided:
     """Tries to remove the first n candidates, sources or `WHOLE`, from what a reader of a layer reads.
 
     Args:
       loss: of the circuit so far.
       now: what the circuit computes from the layer on; None for the logits.
       layer: of the reader; the number of layers stands for the logits.
-
-    Returns:
-      what was decided, and what the circuit computes from then on.
     """
     graph, measure = Graph.of(model.config), loss_of(objective, task, clean.logits)
-    if layer == graph.n_layers:
-        logits, run = logits_reader(model, task, clean), None
+    if now is None:
+        logits = logits_reader(model, task, clean)
     else:
-        assert now is not None
         runs = Runs(model, task, clean, removed, layer)
         local = reader - layer * graph.layer_readers
-        run = runs.head_reader(local, now, plan) if into_head else runs.mlp_reader(now, plan)
-
-        def logits(row):
-            return run(row)[0]
-
+        logits = runs.head_reader(local, now, plan) if into_head else runs.mlp_reader(now, plan)
     losses = jax.vmap(lambda row: measure(logits(row.astype(clean.patch.dtype))))
     exists = jnp.asarray(graph.edges)[:, reader]
-    found = _windows(losses, removed[:, reader], exists, candidates, n, loss, threshold, absolute, window)
-    if run is not None:
-        changed = (found.row != removed[:, reader]).any()
-        now = jax.lax.cond(changed, lambda: run(found.row.astype(clean.patch.dtype))[1], lambda: now)
-    return found, now
+    return _windows(losses, removed[:, reader], exists, candidates, n, loss, threshold, absolute, window)
 
 
 @eqx.filter_jit

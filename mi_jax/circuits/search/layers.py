@@ -6,7 +6,6 @@ The last layer computes only what the answer needs: its queries and its MLP at t
 import dataclasses
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -56,14 +55,13 @@ class Place(NamedTuple):
 
 
 def place_of(model: Decoder, task: Task, number: int | Array, *, is_last: bool) -> Place:
+    """The layer of this number."""
     params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), model.blocks)
     layout = AnswerLayout(task.mask, task.position) if is_last else Prompts(task.mask)
     return Place(number, model.layer(number, params), layout, is_last)
 
 
-def feed(
-    graph: Graph, task: Task, weights: Float[Array, "source reader"], values: Array, *, is_last: bool
-) -> Feed:
+def feed(graph: Graph, task: Task, weights: Float[Array, "source reader"], values: Array, *, is_last: bool) -> Feed:
     """The weighted sums over some sources, for the readers of one layer."""
     h, end = graph.n_heads, graph.n_heads + 2 * graph.n_kv_heads
     if is_last:
@@ -98,6 +96,7 @@ class Groups(NamedTuple):
 
 
 def groups_of(config: DecoderConfig) -> Groups:
+    """How the heads of a layer fall into groups."""
     # a norm over all heads together makes every head depend on all
     n = 1 if config.qk_norm == "whole" else config.n_kv_heads
     return Groups(n, config.n_heads // n, config.n_kv_heads // n)
@@ -110,7 +109,7 @@ def members(graph: Graph, groups: Groups, number: Int[Array, ""]) -> tuple[Int[A
 
 
 def depend_on_each_other(config: DecoderConfig) -> bool:
-    """Whether what one head writes depends on the others of its layer: by a norm of what they add up to, or of queries."""
+    """Whether what a head writes depends on the others of its layer: by a norm of their sum, or of all queries."""
     return config.norms in ("output", "sandwich") or groups_of(config).n == 1
 
 

@@ -108,9 +108,7 @@ class Runs:
       layer: that of the reader.
     """
 
-    def __init__(
-        self, model: Decoder, task: Task, clean: CleanRun, removed: Bool[Array, "source reader"], layer: int
-    ):
+    def __init__(self, model: Decoder, task: Task, clean: CleanRun, removed: Bool[Array, "source reader"], layer: int):
         self.model, self.task, self.clean, self.layer = model, task, clean, layer
         self.graph = Graph.of(model.config)
         self.weights = removed.astype(clean.patch.dtype)
@@ -126,7 +124,7 @@ class Runs:
     def present(self) -> Present:
         """What the circuit itself computes."""
         graph, model, n = self.graph, self.model, self.graph.layer_readers
-        own, columns = self._columns(self.weights, self.layer), self.weights[: self.begin]
+        own = self._columns(self.weights, self.layer)
         fed = feed(graph, self.task, own[: self.begin], self.earlier, is_last=self.place.is_last)
         z = heads_of(model.config, self.place, self.x, fed)
         heads = self._heads(None, self.layer, is_last=self.place.is_last)
@@ -161,8 +159,8 @@ class Runs:
         values = jnp.concatenate([self._at_answer(v) for v in written])
         return Present(here, between, between_reads, last, last_reads, summed(self.weights[:, -1:], values)[0])
 
-    def mlp_reader(self, now: Present, plan: Plan) -> Callable[[Array], tuple[Array, Present]]:
-        """Logits, and what is computed, when the MLP of the layer reads the sources of a row corrupted."""
+    def mlp_reader(self, now: Present, plan: Plan) -> Callable[[Array], Array]:
+        """The logits when the MLP of the layer reads the sources of a row corrupted."""
         own = slice(self.begin + self.graph.n_heads, self.end)
         heads = self._heads(None, self.layer, is_last=self.place.is_last)
 
@@ -170,13 +168,11 @@ class Runs:
             into = summed(row[: self.begin, None], self.asking)
             to_mlp = row[self.begin : self.begin + self.graph.n_heads]
             x, here = after_heads(self.model, self.place, self.x, now.here.z, into, heads._replace(to_mlp=to_mlp))
-            return self._rest(x, here, [Change(self.weights[own], here.mlp - now.here.mlp)], now, plan)
+            return self._rest(x, [Change(self.weights[own], here.mlp - now.here.mlp)], now, plan)
 
         return run
 
-    def head_reader(
-        self, reader: Int[Array, ""], now: Present, plan: Plan
-    ) -> Callable[[Array], tuple[Array, Present]]:
+    def head_reader(self, reader: Int[Array, ""], now: Present, plan: Plan) -> Callable[[Array], Array]:
         """The same when a query, key or value of the layer, by its number there, reads a row corrupted."""
         graph, groups, config = self.graph, groups_of(self.model.config), self.model.config
         group = _group_of(graph, groups)[reader]
@@ -203,49 +199,42 @@ class Runs:
             asking = self._at_answer(values[:n]) if place.is_last else values[:n]
             z = heads_of(smaller, place, self.x, Feed(asking, values[n:], asking[:0]))
             z = z if groups.n == 1 else jax.lax.dynamic_update_slice_in_dim(now.here.z, z, group * n, 2)
-            x, here = after_heads(
-                self.model, self.place, self.x, z, into, heads, now.here, plan.mlp[self.layer]
-            )
+            x, here = after_heads(self.model, self.place, self.x, z, into, heads, now.here, plan.mlp[self.layer])
             change = Change(own, jnp.concatenate([here.heads - old, here.mlp - now.here.mlp]))
-            everything = here.heads if moving is None else now.here.heads.at[moving].set(here.heads)
-            return self._rest(x, here._replace(heads=everything), [change], now, plan)
+            return self._rest(x, [change], now, plan)
 
         return run
 
-    def _rest(
-        self, x: Array, here: Wrote, changes: list[Change], now: Present, plan: Plan
-    ) -> tuple[Float[Array, "batch 1 d_vocab"], Present]:
-        """The logits when sources of the layer changed, and what is computed now."""
-        between, between_reads, last, last_reads = now.between, now.between_reads, now.last, now.last_reads
-        into_logits = changes
-        if between is not None and between_reads is not None:
-            x, between, between_reads, change = self._between(x, changes, between, between_reads, plan)
-            changes = [*changes, change]
-        if last is not None and last_reads is not None:
-            here_only = [Change(c.weights, self._at_answer(c.values)) for c in changes]
-            h, end, columns = self.graph.n_heads, self.graph.layer_readers - self.graph.has_mlp, self.last
-
-            def queries(which):
-                return last_reads.queries[which] + self._changed(here_only, columns, which)
-
-            def keys_values(which):
-                return last_reads.keys_values[which] + self._changed(changes, columns, h + which)
-
-            into = last_reads.mlp + self._changed(here_only, columns, jnp.arange(end, self.graph.layer_readers))
-            place = place_of(self.model, self.task, self.last, is_last=True)
-            x, wrote = self._layer(place, x, queries, keys_values, into, last, plan)
-            rows = self.weights[1 + self.last * self.graph.layer_sources :]
-            into_logits = [*here_only, Change(rows, _sources(wrote) - _sources(last))]
-            q, kv = jnp.arange(h), jnp.arange(end - h)
-            last, last_reads = wrote, Feed(queries(q), keys_values(kv), into)
+    def _rest(self, x: Array, changes: list[Change], now: Present, plan: Plan) -> Float[Array, "batch 1 d_vocab"]:
+        """The logits when sources of the layer changed."""
+        if now.between is not None and now.between_reads is not None:
+            x, changes = self._between(x, changes, now.between, now.between_reads, plan)
+        if now.last is not None and now.last_reads is not None:
+            x, changes = self._last(x, changes, now.last, now.last_reads, plan)
         read = now.logits_read
-        for change in into_logits:
+        for change in changes:
             read = read + summed(change.weights[:, -1:], self._at_answer(change.values))[0]
-        logits = self._head((x if x.shape[1] == 1 else self._at_answer(x[None])[0]) + read)
-        return logits, Present(here, between, between_reads, last, last_reads, read)
+        return self._head(x + read)
+
+    def _last(self, x: Array, changes: list[Change], known: Wrote, reads: Feed, plan: Plan):
+        """The stream after the last layer, and what changes for the logits."""
+        here = [Change(c.weights, self._at_answer(c.values)) for c in changes]
+        h, end = self.graph.n_heads, self.graph.layer_readers - self.graph.has_mlp
+
+        def queries(which):
+            return reads.queries[which] + self._changed(here, self.last, which)
+
+        def keys_values(which):
+            return reads.keys_values[which] + self._changed(changes, self.last, h + which)
+
+        into = reads.mlp + self._changed(here, self.last, jnp.arange(end, self.graph.layer_readers))
+        place = place_of(self.model, self.task, self.last, is_last=True)
+        x, wrote = self._layer(place, x, queries, keys_values, into, known, plan)
+        rows = self.weights[1 + self.last * self.graph.layer_sources :]
+        return x, [*here, Change(rows, _sources(wrote) - _sources(known))]
 
     def _between(self, x: Array, changes: list[Change], known: Wrote, reads: Array, plan: Plan):
-        """The layers between the reader's and the last."""
+        """The stream after the layers between the reader's and the last, and what changes for the last."""
         graph, n_layers = self.graph, len(reads)
         rows = self.weights[self.end : self.end + n_layers * graph.layer_sources]
         buffer = jnp.zeros((len(rows), *x.shape), x.dtype)
@@ -265,11 +254,11 @@ class Runs:
             x, wrote = self._layer(place, x, read, lambda which: read(h + which), into, known, plan)
             own = _sources(wrote) - _sources(known)
             buffer = jax.lax.dynamic_update_slice_in_dim(buffer, own, i * graph.layer_sources, 0)
-            return (x, buffer), (wrote, read(jnp.arange(graph.layer_readers)))
+            return (x, buffer), None
 
         numbers = jnp.arange(n_layers, dtype=jnp.int32)
-        (x, buffer), (wrote, reads) = jax.lax.scan(body, (x, buffer), (numbers, known, reads))
-        return x, wrote, reads, Change(rows, buffer)
+        x, buffer = jax.lax.scan(body, (x, buffer), (numbers, known, reads))[0]
+        return x, [*changes, Change(rows, buffer)]
 
     def _layer(
         self, place: Place, x: Array, queries: Read, keys_values: Read, into: Array, known: Wrote, plan: Plan
@@ -291,7 +280,8 @@ class Runs:
     def _changed(self, changes: list[Change], number: int | Array, which: Array) -> Array:
         """By how much these readers of a layer read something else."""
         columns = number * self.graph.layer_readers + which
-        return sum((summed(c.weights[:, columns], c.values) for c in changes[1:]), summed(changes[0].weights[:, columns], changes[0].values))
+        terms = [summed(change.weights[:, columns], change.values) for change in changes]
+        return sum(terms[1:], terms[0])
 
     def _columns(self, weights: Array, number: int | Array) -> Array:
         n = self.graph.layer_readers
@@ -304,7 +294,9 @@ class Runs:
         patch = jax.lax.dynamic_slice_in_dim(self.clean.patch, begin, self.graph.layer_sources)
         patch = self._at_answer(patch) if is_last else patch
         mlp_patch, patch = patch[h:], patch[:h]
-        return Heads(moving, *((v if moving is None else v[moving]) for v in (to_mlp, patch)), mlp_patch)
+        if moving is not None:
+            to_mlp, patch = to_mlp[moving], patch[moving]
+        return Heads(moving, to_mlp, patch, mlp_patch)
 
     def _at_answer(self, values: Float[Array, "source batch query d_model"]) -> Array:
         # one position is already that of the answer, or the only one
