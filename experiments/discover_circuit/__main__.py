@@ -5,7 +5,7 @@
     python -m experiments.discover_circuit --workdir=runs/c --config.model=DIRECTORY --config.ablation=mean-positional
 
 By default: SmolLM2-135M, indirect object identification, 16 pairs of prompts to search with and 16 held out, six
-methods, 71,000 edges. 15 minutes and 5 GB on 2 CPU cores. `--config.methods` takes any of `mi.circuits.METHODS`
+methods, 70,651 edges. At most 15 minutes and 2 GB on 2 CPU cores. `--config.methods` takes any of `mi.circuits.METHODS`
 (edge scores) and `SEARCHES` (ACDC, learned masks), separated by commas.
 
 For every method `results.json` has, on the held-out pairs, `discover_circuit.METHOD.cmd` and `.cpr` as MIB defines
