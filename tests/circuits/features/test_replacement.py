@@ -80,6 +80,7 @@ def test_effects_are_those_of_one_source_at_a_time_in_a_model_frozen_by_hand(nam
     close(graph.bias, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_effects_and_biases_add_up_to_what_a_target_is(name):
     graph, r = graph_of(name), MODELS[name]()
@@ -145,7 +146,7 @@ def test_effects_are_exact_in_every_family(name):
     assert np.abs(effects).max() > 1e-2
 
 
-@pytest.mark.parametrize("freeze", ["nothing", "attention"])
+@pytest.mark.parametrize("freeze", [pytest.param("nothing", marks=pytest.mark.slow), "attention"])
 def test_features_after_an_intervention_respond(freeze):
     r, graph = skips(), graph_of("skips")
     feature = next(row for row in graph.features.tolist() if row[0] == 0)

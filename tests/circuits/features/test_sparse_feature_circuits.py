@@ -103,6 +103,7 @@ def test_faithfulness_of_everything_of_nothing_and_of_some():
     close(kept.empty, metric(*place, dictionary.decode(z_other) + e))
 
 
+@pytest.mark.slow
 def test_a_circuit_of_all_places_has_the_nodes_and_edges_over_the_thresholds():
     effects = feature_effects(spliced(), task())
     circuit = sparse_feature_circuit(spliced(), task(), node_threshold=0.1, edge_threshold=0.05, effects=effects)

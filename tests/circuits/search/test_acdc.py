@@ -75,6 +75,7 @@ def test_decisions_are_those_of_the_sequential_rule(threshold, absolute):
 
 
 # parallel blocks; a norm over the queries of all heads together, with experts
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["neox", "mixture"])
 def test_every_family_follows_the_sequential_rule(name):
     decoder = family(name)
@@ -84,6 +85,7 @@ def test_every_family_follows_the_sequential_rule(name):
     assert found.edges == found.graph.names(expected)
 
 
+@pytest.mark.slow
 def test_layers_between_the_first_and_the_last_keep_what_does_not_change():
     decoder = init_decoder(dataclasses.replace(CONFIG, n_layers=3, n_kv_heads=2), key=jax.random.key(2))
     decoder = jax.tree.map(lambda x: 1.5 * x, decoder)

@@ -31,7 +31,9 @@ def test_uniform_gradient_sampling_has_the_gradient_of_the_expected_loss(key):
     assert float(((drawn > 0) & (drawn < 1)).mean()) == pytest.approx(p * (1 - p), abs=0.01)
 
 
-@pytest.mark.parametrize("method", ["edge-pruning", "subnetwork-probing", "ugs"])
+@pytest.mark.parametrize(
+    "method", ["edge-pruning", *(pytest.param(m, marks=pytest.mark.slow) for m in ("subnetwork-probing", "ugs"))]
+)
 def test_the_edges_that_were_built_in_have_the_largest_logits(method):
     organism = load_organism()
     task = organism.tasks(16, key=jax.random.key(3))["induction"]
