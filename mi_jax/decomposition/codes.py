@@ -13,17 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mi_jax.decomposition.scatter import PAIRS_AT_ONCE, add_rows, add_sorted, zeros
+
 # On a CPU: tokens (or pairs) whose rows are gathered at once, few enough to stay in a core's cache.
-TOKENS_AT_ONCE = 4
+TOKENS_AT_ONCE = 32
 # On a CPU: tokens whose sums stay in cache while their places are added one after the other
 TOKENS_IN_BLOCK = 256
 # places of those tokens that are added in one pass over the sums
 PLACES_IN_TURN = 8
-PAIRS_AT_ONCE = 128
 # places of every token that an accelerator adds in one kernel
 PLACES_FUSED = 32
-# how many numbers a sorted integer can be
-SORT_KEYS = 2**32
 
 
 class Placed(eqx.Module):
@@ -43,7 +42,11 @@ class Placed(eqx.Module):
         """weights[latent] · rows[token], for every value."""
 
         def in_turn(latents, rows, weights):
-            return lax.map(lambda at: weights[at[0]] @ at[1], (latents, rows), batch_size=TOKENS_AT_ONCE)
+            # the products are gathered and multiplied in one pass on all cores, which a matrix times a row is not
+            ones = jnp.ones(rows.shape[1], rows.dtype)
+            return lax.map(
+                lambda at: (weights[at[0]] * at[1][None, :]) @ ones, (latents, rows), batch_size=TOKENS_AT_ONCE
+            )
 
         def at_once(latents, rows, weights):
             return (weights[latents] * rows[:, None, :]).sum(-1)
@@ -57,11 +60,12 @@ class Placed(eqx.Module):
         n_tokens, k = self.latents.shape
         tokens = jnp.broadcast_to(jnp.arange(n_tokens, dtype=jnp.int32)[:, None], (n_tokens, k))
 
+
         def at_once(values, rows):
-            return _zeros(d_sae, values, rows).at[self.latents].add(values[:, :, None] * rows[:, None, :], mode="drop")
+            return zeros(d_sae, values, rows).at[self.latents].add(values[:, :, None] * rows[:, None, :], mode="drop")
 
         def in_order(values, rows):
-            return _in_order(values.reshape(-1), tokens.reshape(-1), self.latents.reshape(-1), rows, d_sae)
+            return add_sorted(values.reshape(-1), tokens.reshape(-1), self.latents.reshape(-1), rows, d_sae)
 
         return lax.platform_dependent(values, rows, cpu=in_order, default=at_once)
 
@@ -77,7 +81,7 @@ class Pairs(eqx.Module):
         self, values: Float[Array, " pair"], weights: Float[Array, "d_sae width"]
     ) -> Float[Array, "token width"]:
         """Σ values · weights[latent], per token."""
-        return _scatter_pairs(values, self.latents, self.tokens, weights, self.n_tokens, in_order=True)
+        return add_rows(values, self.latents, self.tokens, weights, self.n_tokens, ascending=True)
 
     def dot(self, rows: Float[Array, "token width"], weights: Float[Array, "d_sae width"]) -> Float[Array, " pair"]:
         """weights[latent] · rows[token], for every value."""
@@ -98,7 +102,7 @@ class Pairs(eqx.Module):
         self, values: Float[Array, " pair"], rows: Float[Array, "token width"], d_sae: int
     ) -> Float[Array, "d_sae width"]:
         """Σ values · rows[token], per latent: codesᵀ @ rows."""
-        return _scatter_pairs(values, self.tokens, self.latents, rows, d_sae)
+        return add_rows(values, self.tokens, self.latents, rows, d_sae)
 
 
 def _sums_in_blocks(values: Array, latents: Array, weights: Array) -> Array:
@@ -136,61 +140,6 @@ def _sums_at_once(values: Array, latents: Array, weights: Array) -> Array:
     else:
         rest = (values.T, latents.T)
     return add(total, rest)[0]
-
-
-def _scatter_pairs(
-    values: Array, source: Array, target: Array, rows: Array, size: int, *, in_order: bool = False
-) -> Array:
-    """Σ values · rows[source], added to row `target` of `size` rows; `in_order`: the targets nearly ascend."""
-
-    def at_once(values, source, target, rows):
-        return _zeros(size, values, rows).at[target].add(values[:, None] * rows[source], mode="drop")
-
-    def one_after_the_other(values, source, target, rows):
-        add = _in_blocks if in_order else _in_order
-        return add(values, source, target, rows, size)
-
-    return lax.platform_dependent(values, source, target, rows, cpu=one_after_the_other, default=at_once)
-
-
-def _in_order(values: Array, source: Array, target: Array, rows: Array, size: int) -> Array:
-    """The same on a CPU, for targets in any order.
-
-    XLA's CPU scatter is serial and as fast as its memory. Sorted, the additions to one row follow each other while it
-    is in cache, which gains more than the sort costs. One integer holds target and place, since XLA sorts one array of
-    integers much faster than two; as many places are sorted together as the integer has room for.
-    """
-    n, limit = target.shape[0], SORT_KEYS // (size + 1)
-    chunk = n if n <= limit else 1 << (limit.bit_length() - 1)
-    target = jnp.pad(target, (0, -n % chunk), constant_values=size)
-    place = jnp.arange(chunk, dtype=jnp.uint32)
-    keys = target.reshape(-1, chunk).astype(jnp.uint32) * jnp.uint32(chunk) + place[None, :]
-    keys = lax.sort(keys)
-    starts = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None] * chunk
-    order = ((keys % jnp.uint32(chunk)).astype(jnp.int32) + starts).reshape(-1)
-    target = (keys // jnp.uint32(chunk)).astype(jnp.int32).reshape(-1)
-    values = values.at[order].get(mode="fill", fill_value=0.0)
-    return _in_blocks(values, source.at[order].get(mode="fill", fill_value=0), target, rows, size)
-
-
-def _in_blocks(values: Array, source: Array, target: Array, rows: Array, size: int) -> Array:
-    """The same on a CPU, a few pairs at a time, so that the products stay in cache."""
-    padding = -values.shape[0] % PAIRS_AT_ONCE
-    target = jnp.pad(target, (0, padding), constant_values=size)
-    values, source = jnp.pad(values, (0, padding)), jnp.pad(source, (0, padding))
-
-    def add(total, block):
-        v, s, t = block
-        return total.at[t].add(v[:, None] * rows[s], mode="drop"), None
-
-    blocks = tuple(a.reshape(-1, PAIRS_AT_ONCE) for a in (values, source, target))
-    return lax.scan(add, _zeros(size, values, rows), blocks)[0]
-
-
-def _zeros(size: int, values: Array, rows: Array) -> Array:
-    # zeros that XLA takes for numbers of their own: two sums that start from one constant would each copy it
-    zero = jnp.minimum(jnp.abs(values.reshape(-1)[0]), 0.0)
-    return jnp.full((size, rows.shape[-1]), zero)
 
 
 Where = Placed | Pairs

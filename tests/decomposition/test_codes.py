@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mi_jax.decomposition import codes
+from mi_jax.decomposition import codes, scatter
 from mi_jax.decomposition.activations import TopK, top
 from mi_jax.decomposition.codes import Pairs, Placed, attach, decode
 
@@ -82,7 +82,7 @@ def test_scatter_of_more_places_than_are_sorted_together(arrays, make, monkeypat
     h = arrays["x"] @ arrays["w_enc"].T
     where = make(h)
     want = jnp.zeros((TOKENS, D_SAE)).at[jnp.arange(TOKENS)[:, None], placed(h).latents].set(1.0).T @ arrays["x"]
-    monkeypatch.setattr(codes, "SORT_KEYS", 8 * (D_SAE + 1))
+    monkeypatch.setattr(scatter, "SORT_KEYS", 8 * (D_SAE + 1))
     values = (where.latents < D_SAE).astype(jnp.float64)
     got = jax.jit(lambda v: where.scatter(v, arrays["x"], D_SAE))(values)
     np.testing.assert_allclose(got, want, atol=1e-12)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mi_jax.decomposition.activations.base import Activation, Chosen, everywhere
+from mi_jax.decomposition.activations.base import Activation, Chosen, at_places, everywhere
 from mi_jax.decomposition.codes import Pairs
 from mi_jax.decomposition.selection import all_above
 
@@ -27,10 +27,12 @@ class Elementwise(Activation):
     def choose(self, x, w_enc, b_enc):
         if self.places is None:
             return None
-        h = x @ w_enc.T + b_enc[None, :]
-        margin = h - jnp.broadcast_to(self.bound().astype(h.dtype), b_enc.shape)[None, :]
-        tokens, latents, fits = all_above(margin, self.places * x.shape[0])
-        return Chosen(h.at[tokens, latents].get(mode="fill", fill_value=0.0), Pairs(tokens, latents, x.shape[0]), fits)
+        products = x @ w_enc.T
+        bound = jnp.broadcast_to(self.bound().astype(products.dtype), b_enc.shape)
+        tokens, latents, fits = all_above(products, self.places * x.shape[0], b_enc, bound)
+        where = Pairs(tokens, latents, x.shape[0])
+        h = products.at[tokens, latents].get(mode="fill", fill_value=0.0) + at_places(where)(b_enc)
+        return Chosen(h, where, fits)
 
     @property
     def places(self) -> int | None:

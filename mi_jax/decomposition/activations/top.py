@@ -30,12 +30,14 @@ class TopK(Activation):
     k: int = eqx.field(static=True)
     k_now: Int[Array, ""] | None = None
 
-    def _largest(self, h: Array) -> tuple[Array, Array]:
-        return top_k(h, self.k)
+    def _largest(self, h: Array, bias: Array | None) -> tuple[Array, Array]:
+        return top_k(h, self.k, bias)
 
-    def places_of(self, h: Float[Array, "token d_sae"]) -> tuple[Array, Array]:
-        """Pre-activations and latents of the kept places, largest first; unused places hold `d_sae` and 0."""
-        values, latents = self._largest(h)
+    def places_of(
+        self, h: Float[Array, "token d_sae"], bias: Float[Array, " d_sae"] | None = None
+    ) -> tuple[Array, Array]:
+        """Pre-activations h + bias and latents of the kept places, largest first; unused places hold `d_sae` and 0."""
+        values, latents = self._largest(h, bias)
         if self.k_now is None:
             return values, latents
         used = jnp.arange(self.k)[None, :] < self.k_now
@@ -47,7 +49,7 @@ class TopK(Activation):
                 n = x.shape[0]
 
                 def some(rows):
-                    return self.places_of(rows @ w_enc.T + b_enc[None, :])
+                    return self.places_of(rows @ w_enc.T, b_enc)
 
                 if n <= size or n % size:
                     return some(x)
@@ -72,7 +74,8 @@ class TopK(Activation):
 class AbsTopK(TopK):
     """z keeps the k entries of each token with the largest |h|, signs included."""
 
-    def _largest(self, h):
+    def _largest(self, h, bias):
+        h = h if bias is None else h + bias[None, :]
         _, latents = top_k(jnp.abs(h), self.k)
         return jnp.take_along_axis(h, latents, axis=1), latents
 
@@ -95,7 +98,7 @@ class BatchTopK(Activation):
 
     def choose(self, x, w_enc, b_enc):
         n = x.shape[0]
-        values, tokens, latents = largest_of_batch(x @ w_enc.T + b_enc[None, :], self.k * n)
+        values, tokens, latents = largest_of_batch(x @ w_enc.T, self.k * n, b_enc)
         if self.k_now is not None:
             kept = values >= kth_largest(values, self.k_now * n)
             values, latents = jnp.where(kept, values, 0.0), jnp.where(kept, latents, w_enc.shape[0])

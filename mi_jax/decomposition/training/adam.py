@@ -7,6 +7,7 @@ reads them; folded they cost nothing, which is 5 % of a step.
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 
@@ -30,5 +31,10 @@ def adam_update(
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
     size, floor = step_size * c2 / c1, eps * c2
-    params = jax.tree.map(lambda p, m, v: p - size * (m / (jnp.sqrt(v) + floor)), params, mu, nu)
+
+    def moved(p, m, v):
+        zero = jnp.minimum(jnp.abs(p[..., :1]), 0.0)
+        return p - (size + zero) * (m / (jnp.sqrt(v) + (floor + zero)))
+
+    params = jax.tree.map(moved, params, mu, nu)
     return params, optax.ScaleByAdamState(count, mu, nu)
