@@ -85,7 +85,27 @@ def train_steps(
 
     if stacked is None:
         return run(state)
-    return jax.vmap(run)(state) if stacked == "vmap" else jax.lax.map(run, state)
+    return jax.vmap(run)(state) if stacked == "vmap" else _in_turn(run, state)
+
+
+def _in_turn(run: Callable[[Any], tuple[Any, dict[str, Array]]], stacked: Any) -> tuple[Any, dict[str, Array]]:
+    """`jax.lax.map(run, stacked)`, in place: a map would write all states into new memory."""
+
+    def of(states, i):
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), states)
+
+    def put(whole, part, i):
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), whole, part)
+
+    def body(i, carry):
+        states, curves = carry
+        state, found = run(of(states, i))
+        return put(states, state, i), put(curves, found, i)
+
+    n = jax.tree.leaves(stacked)[0].shape[0]
+    curves = jax.eval_shape(lambda states: run(of(states, 0))[1], stacked)
+    empty = jax.tree.map(lambda a: jnp.zeros((n, *a.shape), a.dtype), curves)
+    return jax.lax.fori_loop(0, n, body, (stacked, empty))
 
 
 def fit(
