@@ -60,7 +60,6 @@ class Placed(eqx.Module):
         n_tokens, k = self.latents.shape
         tokens = jnp.broadcast_to(jnp.arange(n_tokens, dtype=jnp.int32)[:, None], (n_tokens, k))
 
-
         def at_once(values, rows):
             return zeros(d_sae, values, rows).at[self.latents].add(values[:, :, None] * rows[:, None, :], mode="drop")
 

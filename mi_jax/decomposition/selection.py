@@ -20,7 +20,7 @@ PARTS = 2
 
 
 class _Groups:
-    """Pre-activations h + Σ offsets in groups of `GROUP` latents: member i of group j is latent i · n + j of n groups."""
+    """Pre-activations h + Σ offsets in groups of `GROUP` latents: member i of group j of n is latent i · n + j."""
 
     def __init__(self, h: Float[Array, "token d_sae"], *offsets: Float[Array, " d_sae"] | None):
         self.n = h.shape[1] // GROUP
@@ -81,7 +81,7 @@ def top_k(
     def in_parts(n_parts):
         size = n_tokens // n_parts if n_tokens % n_parts == 0 else n_tokens
         found = [_top_k(grouped, maxima[i : i + size], i, k) for i in range(0, n_tokens, size)]
-        return tuple(jnp.concatenate(parts) for parts in zip(*found, strict=True))
+        return jnp.concatenate([values for values, _ in found]), jnp.concatenate([latents for _, latents in found])
 
     return lax.platform_dependent(cpu=lambda: in_parts(PARTS), default=lambda: in_parts(1))
 
