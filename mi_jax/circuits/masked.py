@@ -22,9 +22,11 @@ from mi_jax.circuits.sources import embedded as embedded
 from mi_jax.circuits.sources import source_outputs as source_outputs
 from mi_jax.core.errors import InputError
 from mi_jax.core.taps import Tap
+from mi_jax.models.attention import projected
 from mi_jax.models.block import Block, block
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.layout import Prompts
+from mi_jax.models.norm import Norm
 
 
 class State(NamedTuple):
@@ -50,12 +52,15 @@ class _EdgeTap(SourceTap):
     def touches(self, name: str) -> bool:
         return name in ("attn.q_in", "attn.k_in", "attn.v_in") or super().touches(name)
 
-    def __call__(self, name: str, x: Array) -> Array:
+    def project(self, name: str, x: Array, norm: Norm | None, w: Array) -> Array:
+        """The readers of that name, each of its own stream."""
         h, kv = self._graph.n_heads, self._graph.n_kv_heads
-        if name in ("attn.q_in", "attn.k_in", "attn.v_in"):
-            start, n = {"attn.q_in": (0, h), "attn.k_in": (h, kv), "attn.v_in": (h + kv, kv)}[name]
-            return x + jnp.moveaxis(self._deltas[start : start + n], 0, 2)
+        start, n = {"attn.q_in": (0, h), "attn.k_in": (h, kv), "attn.v_in": (h + kv, kv)}[name]
+        return projected(x[None] + self._deltas[start : start + n], norm, w)
+
+    def __call__(self, name: str, x: Array) -> Array:
         if name == "mlp.in":
+            h = self._graph.n_heads
             x = x + self._deltas[-1]
             # the heads of this layer, which had written nothing yet when the deltas were made
             return x if self._graph.parallel else x + weighted(self._weights[:h, -1:], self.written[0])[0]
@@ -89,13 +94,29 @@ def masked_forward(
     Raises:
       InputError: edges or a patch of another shape.
     """
+    x = masked_stream(model, tokens, edges, patch, mask, output_pos=output_pos, chunk=chunk, remat=remat)
+    return head_logits(model, x)
+
+
+def masked_stream(
+    model: Decoder,
+    tokens: Int[Array, "batch pos"],
+    edges: Float[Array, "source reader"] | Float[Array, "source reader pos"],
+    patch: Float[Array, "source batch pos d_model"],
+    mask: Bool[Array, "batch pos"] | None = None,
+    *,
+    output_pos: Int[Array, " batch"] | None = None,
+    chunk: int | None = None,
+    remat: bool = True,
+) -> Float[Array, "batch out_pos d_model"]:
+    """What the logits of `masked_forward` are read from."""
     graph = Graph.of(model.config)
     _check_shapes(graph, tokens, edges, patch)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     state = start(model, tokens, patch)
     for layers in chunks(graph.n_layers, chunk):
         state = advance(model, state, edges, patch, mask, layers, remat=remat)
-    return finish(model, state, edges, output_pos)
+    return _final_stream(state, edges, output_pos)
 
 
 def chunks(n_layers: int, size: int | None = None) -> list[range]:
@@ -150,6 +171,16 @@ def advance(
 
 def finish(model: Decoder, state: State, edges: Array, output_pos: Array | None = None) -> Array:
     """Logits from the state after the last layer."""
+    return head_logits(model, _final_stream(state, edges, output_pos))
+
+
+def head_logits(model: Decoder, x: Float[Array, "batch pos d_model"]) -> Float[Array, "batch pos d_vocab"]:
+    """Logits from the stream after the last layer."""
+    return model.head(x, Tap(model.site_table, {}, (), {}, None))
+
+
+def _final_stream(state: State, edges: Array, output_pos: Array | None = None) -> Float[Array, "batch out_pos d_model"]:
+    """What the logits are read from, after the last layer."""
     x, differences, weights = state.x, state.differences, edges[:, -1:]
     if output_pos is not None:
         x = jnp.take_along_axis(x, output_pos[:, None, None], axis=1)
@@ -162,7 +193,7 @@ def finish(model: Decoder, state: State, edges: Array, output_pos: Array | None 
         else:
             x = x + weighted(rows, difference)[0]
         begin += len(difference)
-    return model.head(x, Tap(model.site_table, {}, (), {}, None))
+    return x
 
 
 def weighted(

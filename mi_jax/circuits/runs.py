@@ -6,6 +6,7 @@ are resampled without running anything again.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -16,14 +17,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import masked_forward
+from mi_jax.circuits.kept import circuit_stream, needed
+from mi_jax.circuits.masked import head_logits, masked_stream
 from mi_jax.circuits.measures import kl_divergence
+from mi_jax.circuits.shared import has_constant_rest, shared
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
 # Room for this many circuits at the least, so that calls with fewer share one compiled program.
 _ROOM = 64
+# prompts, of however many circuits, whose logits are computed in one product
+ROWS_TOGETHER = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +101,13 @@ def circuit_runs(
         batch_size = 1 if jax.default_backend() == "cpu" else 8
     chunks = -(-n // batch_size)
     room = max(-(-_ROOM // batch_size), 1 << (chunks - 1).bit_length())
-    stacked = [_chunked(m[chosen], room, batch_size) for m in (masks, others) if m is not None]
+    kinds = [m[chosen] for m in (masks, others) if m is not None]
+    # circuits that run side by side are computed whole
+    resampled = isinstance(ablation, str) and ablation == "resample"
+    parts = [needed(graph, m, from_input=resampled) for m in kinds] if batch_size == 1 else None
+    stacked = [tuple(_chunked(m, room, batch_size) for m in each) for each in (kinds, parts or ())]
     out = _run(model, task, patch, jnp.asarray(chunks, jnp.int32), *stacked)
-    runs = CircuitRuns(*(np.asarray(x).reshape(-1, x.shape[-1])[:n] for x in out))
+    runs = CircuitRuns(*(np.asarray(x)[:n] for x in out))
     return _with_model(runs, known)[back]
 
 
@@ -152,38 +161,75 @@ def _chunked(masks: np.ndarray, room: int, batch_size: int) -> Array:
 
 @eqx.filter_jit
 def _run(
-    model: Decoder, task: Task, patch: Array, chunks: Int[Array, ""], masks: Array, others: Array | None = None
+    model: Decoder,
+    task: Task,
+    patch: Array,
+    chunks: Int[Array, ""],
+    masks: tuple[Array, ...],
+    computed: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """Numbers of the first `chunks` chunks, zeros after them."""
-    edges = jnp.asarray(Graph.of(model.config).edges)
-    edges = edges if masks.ndim == 4 else edges[:, :, None]
+    """Numbers of the first `chunks` chunks, and anything after them.
 
-    def logits_of(mask):
-        corrupted = (edges & ~mask).astype(patch.dtype)
-        return masked_forward(model, task.clean, corrupted, patch, task.mask, output_pos=task.position)
+    Args:
+      masks: circuits in chunks, and the circuits that they are compared with, if not with the whole model.
+      computed: what of each is computed, or empty.
+    """
+    streams = [
+        _streams(model, task, patch, chunks, *each)
+        for each in zip(masks, computed or (None,) * len(masks), strict=True)
+    ]
+    whole = model(task.clean, task.mask, output_pos=task.position) if len(masks) == 1 else None
+
+    def logits_of(x):
+        rows = head_logits(model, x.reshape(-1, 1, x.shape[-1]))
+        return rows.reshape(*x.shape[:3], -1)
 
     def numbers(logits, reference):
         tops = [jnp.argmax(x[:, 0], -1).astype(jnp.int32) for x in (logits, reference)]
-        kl = kl_divergence(logits, reference)
-        return task.metric(logits), kl, tops[0], task.metric(reference), tops[1]
+        return task.metric(logits), kl_divergence(logits, reference), tops[0], task.metric(reference), tops[1]
 
-    whole = model(task.clean, task.mask, output_pos=task.position) if others is None else None
+    # the unembedding is large and a circuit has few rows for it: several circuits share one product
+    n_circuits = streams[0].shape[0]
+    together = math.gcd(n_circuits, max(1, 1 << (ROWS_TOGETHER // task.clean.shape[0]).bit_length() - 1))
 
-    def one(pair):
-        reference = logits_of(pair[1]) if whole is None else whole
-        return numbers(logits_of(pair[0]), reference)
-
-    def chunk(i):
-        rows = (masks[i],) if others is None else (masks[i], others[i])
-        # a batch of one is left as it is: vmap would turn its matrix products into batched ones
-        if masks.shape[1] == 1:
-            return jax.tree.map(lambda x: x[None], one(tuple(r[0] for r in rows)))
-        return jax.vmap(one)(rows)
-
-    shapes = jax.eval_shape(chunk, jnp.zeros((), jnp.int32))
-    empty = jax.tree.map(lambda s: jnp.zeros((masks.shape[0], *s.shape), s.dtype), shapes)
+    def some(i):
+        logits = [logits_of(jax.lax.dynamic_slice_in_dim(x, i * together, together)) for x in streams]
+        if whole is not None:
+            return jax.vmap(lambda x: numbers(x, whole))(logits[0])
+        return jax.vmap(numbers)(*logits)
 
     def body(i, out):
-        return jax.tree.map(lambda full, new: full.at[i].set(new), out, chunk(i))
+        return jax.tree.map(
+            lambda full, new: jax.lax.dynamic_update_slice_in_dim(full, new, i * together, 0), out, some(i)
+        )
 
-    return jax.lax.fori_loop(0, chunks, body, empty)
+    shapes = jax.eval_shape(some, jnp.zeros((), jnp.int32))
+    empty = jax.tree.map(lambda s: jnp.zeros((n_circuits, *s.shape[1:]), s.dtype), shapes)
+    done = (chunks * masks[0].shape[1] + together - 1) // together
+    return jax.lax.fori_loop(0, done, body, empty)
+
+
+def _streams(
+    model: Decoder, task: Task, patch: Array, chunks: Array, masks: Array, computed: Array | None
+) -> Float[Array, "circuit batch 1 d_model"]:
+    """What the logits of every circuit are read from."""
+    edges = jnp.asarray(Graph.of(model.config).edges)
+    edges = edges if masks.ndim == 4 else edges[:, :, None]
+    common = shared(model, task.clean, patch) if has_constant_rest(model) else None
+
+    def one(mask, wanted):
+        if common is not None:
+            kept = (edges & mask).astype(patch.dtype)
+            return circuit_stream(model, common, kept, task.mask, task.position, wanted)
+        cut = (edges & ~mask).astype(patch.dtype)
+        return masked_stream(model, task.clean, cut, patch, task.mask, output_pos=task.position)
+
+    def chunk(i):
+        wanted = None if computed is None else computed[i, 0]
+        # a batch of one is left as it is: vmap would turn its matrix products into batched ones
+        return one(masks[i, 0], wanted)[None] if masks.shape[1] == 1 else jax.vmap(lambda m: one(m, None))(masks[i])
+
+    batch, d_model = task.clean.shape[0], patch.shape[-1]
+    empty = jnp.zeros((*masks.shape[:2], batch, 1, d_model), patch.dtype)
+    found = jax.lax.fori_loop(0, chunks, lambda i, out: out.at[i].set(chunk(i)), empty)
+    return found.reshape(-1, batch, 1, d_model)

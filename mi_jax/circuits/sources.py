@@ -82,19 +82,20 @@ def plain_run(
     """The stream before every layer, and what every source writes, in a run without edits."""
     graph = Graph.of(model.config)
     x, mask = model.embedded(tokens, mask)
+    n = graph.layer_sources
 
-    def body(x, row):
+    def body(carry, row):
+        x, sources = carry
         number, params = row
         tap = SourceTap(graph, params)
         after = block(model.layer(number, params), x, tap, model.config, Prompts(mask))
-        return after, (x, jnp.concatenate(tap.written))
+        sources = jax.lax.dynamic_update_slice_in_dim(sources, jnp.concatenate(tap.written), 1 + number * n, 0)
+        return (after, sources), x
 
     numbers = jnp.arange(graph.n_layers, dtype=jnp.int32)
-    last, (streams, written) = jax.lax.scan(body, x, (numbers, model.blocks))
-    return PlainRun(
-        jnp.concatenate([streams, last[None]]),
-        jnp.concatenate([x[None], written.reshape(-1, *x.shape)]),
-    )
+    sources = jnp.zeros((graph.n_sources, *x.shape), x.dtype).at[0].set(x)
+    (last, sources), streams = jax.lax.scan(body, (x, sources), (numbers, model.blocks))
+    return PlainRun(jnp.concatenate([streams, last[None]]), sources)
 
 
 def source_outputs(

@@ -21,6 +21,15 @@ class SiteTap(Protocol):
     def __call__(self, name: str, x: Array) -> Array: ...
 
 
+@runtime_checkable
+class ProjectingTap(SiteTap, Protocol):
+    """A tap that projects the readers' copies of the stream itself, instead of being called with all of them."""
+
+    def project(
+        self, name: str, x: Float[Array, "batch pos d_model"], norm: Norm | None, w: Float[Array, "d_model n d_head"]
+    ) -> Float[Array, "batch pos n d_head"]: ...
+
+
 class Attention(eqx.Module):
     """Projections of every head; grouped key/value heads are shared by consecutive query heads."""
 
@@ -92,14 +101,22 @@ def _read(
     bias: Float[Array, "n d_head"] | None,
 ) -> Float[Array, "batch pos n d_head"]:
     """Projects the stream for n readers; each reads its own copy where the tap touches the readers' inputs."""
-    if tap.touches(name):
-        copies = jnp.broadcast_to(x[:, :, None, :], (*x.shape[:2], w.shape[1], x.shape[2]))
-        # one matrix product per reader; with the readers inside, XLA would transpose the copies
-        reads = jnp.moveaxis(normed(norm, tap(name, copies)), 2, 0)
-        out = jnp.moveaxis(jnp.einsum("nbpd,ndh->nbph", reads, jnp.moveaxis(w, 1, 0)), 0, 2)
-    else:
+    if not tap.touches(name):
         out = jnp.einsum("bpd,dnh->bpnh", normed(norm, x), w)
+    elif isinstance(tap, ProjectingTap):
+        out = tap.project(name, x, norm, w)
+    else:
+        copies = jnp.broadcast_to(x[:, :, None, :], (*x.shape[:2], w.shape[1], x.shape[2]))
+        out = projected(jnp.moveaxis(tap(name, copies), 2, 0), norm, w)
     return out if bias is None else out + bias[None, None, :, :]
+
+
+def projected(
+    streams: Float[Array, "n batch pos d_model"], norm: Norm | None, w: Float[Array, "d_model n d_head"]
+) -> Float[Array, "batch pos n d_head"]:
+    """Every reader's own stream through the norm and its matrix."""
+    # one matrix product per reader; with the readers inside, XLA would transpose their streams
+    return jnp.moveaxis(jnp.einsum("nbpd,ndh->nbph", normed(norm, streams), jnp.moveaxis(w, 1, 0)), 0, 2)
 
 
 def _normed_heads(norm: Norm | None, x: Float[Array, "batch pos n d_head"]) -> Float[Array, "batch pos n d_head"]:

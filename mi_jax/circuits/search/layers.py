@@ -15,11 +15,12 @@ from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import weighted
 from mi_jax.circuits.sources import SourceTap
 from mi_jax.data.task import Task
-from mi_jax.models.attention import attention
+from mi_jax.models.attention import attention, projected
 from mi_jax.models.block import Layer, block
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.layout import Layout, Prompts
+from mi_jax.models.norm import Norm
 
 
 class Feed(NamedTuple):
@@ -186,10 +187,14 @@ class _HeadsTap:
     def touches(self, name: str) -> bool:
         return name in self._fed
 
+    def project(self, name: str, x: Array, norm: Norm | None, w: Array) -> Array:
+        """The readers of that name, each of its own stream."""
+        return projected(x[None] + self._fed[name], norm, w)
+
     def __call__(self, name: str, x: Array) -> Array:
         if name == "attn.z":
             self.z = x
-        return x + jnp.moveaxis(self._fed[name], 0, 2) if name in self._fed else x
+        return x
 
 
 class _RestTap(SourceTap):

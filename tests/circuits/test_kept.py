@@ -1,0 +1,101 @@
+"""Runs of circuits against the masked forward, in every structure of models; and what they need not compute."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.kept import circuit_stream, needed
+from mi_jax.circuits.masked import masked_forward, masked_stream
+from mi_jax.circuits.runs import circuit_runs
+from mi_jax.circuits.shared import has_constant_rest, shared
+from mi_jax.circuits.sources import source_outputs
+from tests.circuits.tiny_task import model, task
+from tests.models.tiny_families import FAMILIES, family
+
+TOLERANCE = 2e-5
+TASK = task()
+NAMES = ("llama", "gpt2", "neox", "gptj", "gemma", "olmo2", "mixture")
+
+
+def drawn(graph, share, n_pos=None, seed=0):
+    shape = graph.edges.shape if n_pos is None else (*graph.edges.shape, n_pos)
+    edges = graph.edges.reshape(graph.edges.shape + (1,) * (len(shape) - 2))
+    return edges & (np.random.default_rng(seed).random(shape) < share)
+
+
+@eqx.filter_jit
+def both(decoder, kept, edges, computed, patch):
+    common = shared(decoder, TASK.clean, patch)
+    stream = circuit_stream(decoder, common, kept, TASK.mask, TASK.position, computed)
+    cut = edges - kept
+    return stream, masked_stream(decoder, TASK.clean, cut, patch, TASK.mask, output_pos=TASK.position)
+
+
+def compared(decoder, circuit, *, patch=None, skip=True):
+    graph = Graph.of(decoder.config)
+    computed = needed(graph, circuit[None], from_input=patch is None)[0]
+    patch = source_outputs(decoder, TASK.corrupt, TASK.mask) if patch is None else patch
+    edges = np.broadcast_to(graph.edges.reshape(graph.edges.shape + (1,) * (circuit.ndim - 2)), circuit.shape)
+    kept, edges = (jnp.asarray(a, jnp.float32) for a in (circuit, edges))
+    return both(decoder, kept, edges, jnp.asarray(computed) if skip else None, patch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_masked_forward(name):
+    decoder = family(name)
+    graph = Graph.of(FAMILIES[name])
+    assert has_constant_rest(decoder)
+    found = []
+    for share in (0.0, 0.15, 0.6, 1.0):
+        stream, expected = compared(decoder, drawn(graph, share))
+        np.testing.assert_allclose(stream, expected, atol=TOLERANCE * float(jnp.abs(expected).max()))
+        found.append(np.asarray(stream))
+    # a patch that is no run of the model
+    patch = 0.3 * jax.random.normal(jax.random.key(0), (graph.n_sources, *TASK.clean.shape, FAMILIES[name].d_model))
+    stream, expected = compared(decoder, drawn(graph, 0.3), patch=patch)
+    np.testing.assert_allclose(stream, expected, atol=TOLERANCE * float(jnp.abs(expected).max()))
+    assert np.abs(found[0] - found[-1]).max() > 0.05
+
+
+@pytest.mark.parametrize("made", [model(), model(attention_only=True)], ids=["mlp", "attention-only"])
+def test_token_edges_and_layers_without_mlp(made):
+    graph = Graph.of(made.config)
+    for circuit in (drawn(graph, 0.5, TASK.clean.shape[1]), drawn(graph, 0.5)):
+        for skip in (True, False):
+            stream, expected = compared(made, circuit, skip=skip)
+            np.testing.assert_allclose(stream, expected, atol=TOLERANCE)
+
+
+def test_only_what_lies_on_a_path_is_needed():
+    graph = Graph(3, 2, 2, True)
+    circuit = graph.mask(["input->a0.h0<v>", "a0.h0->m1", "m1->logits", "m0->a2.h1<q>", "input->m2"])
+    whole = needed(graph, circuit[None], from_input=True)[0]
+    np.testing.assert_array_equal(whole, [[True, False], [False, True], [False, False]])
+    # a key that something useful reads needs what it is made of, whether the input reaches it or not
+    circuit = graph.mask(["m0->a1.h0<k>", "a1.h0->logits"])
+    np.testing.assert_array_equal(needed(graph, circuit[None], from_input=True)[0], np.zeros((3, 2), bool))
+    any_patch = needed(graph, circuit[None], from_input=False)[0]
+    np.testing.assert_array_equal(any_patch, [[False, True], [True, False], [False, False]])
+    assert needed(graph, graph.edges[None], from_input=True).all()
+    token = np.zeros((1, *graph.edges.shape, 4), bool)
+    token[0, :, :, 2] = circuit
+    np.testing.assert_array_equal(needed(graph, token, from_input=False)[0], any_patch)
+
+
+def test_a_norm_after_a_bias_is_run_as_it_is():
+    """What is left of the bias then depends on the run, and `shared` is not asked."""
+    config = FAMILIES["gemma"]
+    decoder = family("gemma")
+    bias = 0.5 * jax.random.normal(jax.random.key(3), (config.n_layers, config.d_model))
+    decoder = eqx.tree_at(lambda d: d.blocks.attn.o_bias, decoder, bias, is_leaf=lambda leaf: leaf is None)
+    assert not has_constant_rest(decoder)
+    circuits = np.stack([drawn(Graph.of(config), 0.5, seed=seed) for seed in range(2)])
+    patch = source_outputs(decoder, TASK.corrupt, TASK.mask)
+    runs = circuit_runs(decoder, TASK, circuits)
+    for i, circuit in enumerate(circuits):
+        cut = jnp.asarray(Graph.of(config).edges & ~circuit, jnp.float32)
+        logits = masked_forward(decoder, TASK.clean, cut, patch, TASK.mask, output_pos=TASK.position)
+        np.testing.assert_allclose(runs.metric[i], TASK.metric(logits), atol=TOLERANCE)
