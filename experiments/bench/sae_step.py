@@ -8,13 +8,14 @@ first one, tracing and compilation included; `loop_seconds` is a step of `fit`, 
 `limit.py` and `step_limit.py` say what the limit is.
 
 SAELens' own trainer (torch on the CPU, as many threads, no autocast, no compilation) starts from the same weights and
-sees the same batches; the two run one after the other, never at the same time. `vs_saelens` is against its default
-configuration. `vs_saelens_sparse` is against the one that is faster on a CPU: codes in sparse tensors
-(`use_sparse_activations`), which there run only without `rescale_acts_by_decoder_norm`. Both trainers' auxiliary losses
-are zero here, for no latent is dead; they would differ then (SAELens' coefficient is 1 on up to d_in / 2 latents per
-token, ours 0.2 on 64). SAELens' step also clips gradients and leaves decoder norms alone. A training of ours with these
-two and SAELens' decay rates, timed as `as_sae_lens_vs_topk`, must find the same loss at the first step
-(`loss_difference`) and the same error at the second (`error_difference_after_step`), both relative.
+sees the same batches; the two run one after the other, never at the same time. Each has the memory allocator that its
+launcher sets: ours keeps what is freed (`mi_jax.run.memory`), without which a step takes 8 % longer. `vs_saelens` is
+against SAELens' default configuration. `vs_saelens_sparse` is against the one that is faster on a CPU: codes in sparse
+tensors (`use_sparse_activations`), which there run only without `rescale_acts_by_decoder_norm`. Both trainers'
+auxiliary losses are zero here, for no latent is dead; they would differ then (SAELens' coefficient is 1 on up to
+d_in / 2 latents per token, ours 0.2 on 64). SAELens' step also clips gradients and leaves decoder norms alone. A
+training of ours with these two and SAELens' decay rates, timed as `as_sae_lens_vs_topk`, must find the same loss at the
+first step (`loss_difference`) and the same error at the second (`error_difference_after_step`), both relative.
 
 `<architecture>_vs_topk` are medians of ratios of two steps, one right after the other; `dead_vs_topk` is a TopK step
 in which every latent counts as dead, so that its auxiliary loss is computed. JumpReLU has 64 places per token and a

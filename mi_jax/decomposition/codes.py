@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mi_jax.decomposition.scatter import PAIRS_AT_ONCE, add_rows, add_sorted, zeros
+from mi_jax.decomposition.scatter import add_rows, add_sorted, zeros
 
 # On a CPU: tokens (or pairs) whose rows are gathered at once, few enough to stay in a core's cache.
 TOKENS_AT_ONCE = 32
+# pairs, the same
+PAIRS_AT_ONCE = 1024
 # On a CPU: tokens whose sums stay in cache while their places are added one after the other
 TOKENS_IN_BLOCK = 256
 # places of those tokens that are added in one pass over the sums
@@ -80,7 +82,7 @@ class Pairs(eqx.Module):
         self, values: Float[Array, " pair"], weights: Float[Array, "d_sae width"]
     ) -> Float[Array, "token width"]:
         """Σ values · weights[latent], per token."""
-        return add_rows(values, self.latents, self.tokens, weights, self.n_tokens, ascending=True)
+        return add_rows(values, self.latents, self.tokens, weights, self.n_tokens)
 
     def dot(self, rows: Float[Array, "token width"], weights: Float[Array, "d_sae width"]) -> Float[Array, " pair"]:
         """weights[latent] · rows[token], for every value."""
@@ -89,11 +91,10 @@ class Pairs(eqx.Module):
             return (weights[latents] * rows[tokens]).sum(-1)
 
         def in_turn(tokens, latents, rows, weights):
-            def one(pair):
-                token, latent = pair
-                return at_once(token, latent, rows, weights)
-
-            return lax.map(one, (tokens, latents), batch_size=PAIRS_AT_ONCE)
+            ones = jnp.ones(rows.shape[1], rows.dtype)
+            return lax.map(
+                lambda pair: (weights[pair[1]] * rows[pair[0]]) @ ones, (tokens, latents), batch_size=PAIRS_AT_ONCE
+            )
 
         return lax.platform_dependent(self.tokens, self.latents, rows, weights, cpu=in_turn, default=at_once)
 

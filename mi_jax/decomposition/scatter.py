@@ -26,8 +26,6 @@ def add_rows(
     target: Int[Array, " pair"],
     rows: Float[Array, "source width"],
     size: int,
-    *,
-    ascending: bool = False,
 ) -> Float[Array, "{size} width"]:
     """Σ values · rows[source], added to row `target` of `size` rows.
 
@@ -37,17 +35,15 @@ def add_rows(
       target: where each is added; `size` is nowhere.
       rows: what is added.
       size: number of targets.
-      ascending: whether the targets nearly ascend, so that sorting gains nothing.
     """
 
     def at_once(values, source, target, rows):
         return zeros(size, values, rows).at[target].add(values[:, None] * rows[source], mode="drop")
 
-    def one_after_the_other(values, source, target, rows):
-        add = _in_blocks if ascending else add_sorted
-        return add(values, source, target, rows, size)
+    def in_order(values, source, target, rows):
+        return add_sorted(values, source, target, rows, size)
 
-    return lax.platform_dependent(values, source, target, rows, cpu=one_after_the_other, default=at_once)
+    return lax.platform_dependent(values, source, target, rows, cpu=in_order, default=at_once)
 
 
 def zeros(size: int, values: Array, rows: Array) -> Float[Array, "{size} width"]:

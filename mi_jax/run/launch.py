@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mi_jax.core.errors import InputError
+from mi_jax.run.memory import keep_freed_memory
 
 Config = TypeVar("Config")
 
@@ -43,6 +44,7 @@ def launch(main: Callable[[Config, str], None], default: Config, *, workdir: str
             _exit(2, f"unexpected argument {argv[1]!r}; settings are given as --config.field=value")
         assert config is not None
         logging.set_verbosity(logging.WARNING)
+        keep_freed_memory()
         try:
             main(_frozen(config.value, default), os.path.expanduser(flags.FLAGS.workdir))
         except InputError as error:
