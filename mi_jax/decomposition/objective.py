@@ -107,12 +107,8 @@ def loss(
     if few is None and reads_dead(objective):
         few = dead_latents(dictionary, dead, objective)
     parts, _ = terms(dictionary, x, y, dead, objective, coefficients, chosen, few)
-    return added(parts, objective, coefficients), jax.lax.stop_gradient(parts)
-
-
-def added(parts: Losses, objective: Objective, coefficients: Coefficients) -> Float[Array, ""]:
-    """The loss that the parts add up to."""
-    return parts.reconstruction + coefficients.sparsity * parts.penalty + objective.aux_coefficient * parts.auxiliary
+    total = parts.reconstruction + coefficients.sparsity * parts.penalty + objective.aux_coefficient * parts.auxiliary
+    return total, jax.lax.stop_gradient(parts)
 
 
 def terms(
@@ -202,7 +198,8 @@ def _auxiliary(
             return dictionary.activation.load_balance(x - dictionary.centre[None, :])
         case "auxk" | "preactivation":
             assert few is not None
-            return dead_term(few, x, error, dead, objective)
+            term = _auxk if objective.auxiliary == "auxk" else preactivation
+            return term(few, x, error, dead, objective)
         case _:
             return jnp.zeros((), error.dtype)
 
@@ -210,17 +207,6 @@ def _auxiliary(
 def reads_dead(objective: Objective) -> bool:
     """Whether a term of the loss is about dead latents; it is 0 where there are none."""
     return objective.auxiliary in ("auxk", "preactivation")
-
-
-def dead_term(
-    few: Dictionary,
-    x: Float[Array, "token d_in"],
-    error: Float[Array, "token d_out"],
-    dead: Bool[Array, " d_sae"],
-    objective: Objective,
-) -> Float[Array, ""]:
-    """The auxiliary loss of `dead_latents`, without its coefficient; `error` is y − ŷ of the whole dictionary."""
-    return (_auxk if objective.auxiliary == "auxk" else preactivation)(few, x, error, dead, objective)
 
 
 def dead_latents(dictionary: Dictionary, dead: Bool[Array, " d_sae"], objective: Objective) -> Dictionary:

@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mi_jax.decomposition.objective import Losses
 from mi_jax.decomposition.training.state import trainable
 
 
 def gradients(
-    loss_of: Callable[[Any, Any], tuple[Array, Any]],
+    loss_of: Callable[[Any, Any], tuple[Array, Losses]],
     dictionary: Any,
     chosen: Any,
     *,
     bounded: bool,
     frozen_decoder: bool = False,
-) -> tuple[Float[Array, ""], Any, Any, Bool[Array, ""]]:
-    """The loss, what comes with it (its parts), its gradient, and whether the codes had places enough.
+) -> tuple[Float[Array, ""], Losses, Any, Bool[Array, ""]]:
+    """The loss, its parts, its gradient, and whether the codes had places enough.
 
     Args:
       loss_of: from a dictionary or a cross-layer transcoder and the places of its codes (None: dense codes).

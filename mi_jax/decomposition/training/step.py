@@ -13,19 +13,9 @@ from mi_jax.decomposition.activations import BatchTopK, JumpReLU, TopK
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.initial import unit_rows
-from mi_jax.decomposition.objective import (
-    Coefficients,
-    Losses,
-    add_at,
-    added,
-    dead_latents,
-    dead_term,
-    reads_dead,
-    terms,
-)
+from mi_jax.decomposition.objective import Coefficients, Losses, add_at, dead_latents, loss, reads_dead
 from mi_jax.decomposition.training.adam import adam_update
 from mi_jax.decomposition.training.config import TrainConfig, direction, rate
-from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.resample import resample
 from mi_jax.decomposition.training.state import TrainState, trainable
 
@@ -43,37 +33,49 @@ def update(
     frozen_decoder: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one step on a batch of activations x and targets y, and the scalars that `METRICS` names."""
+    mask = trainable(state.dictionary, frozen_decoder)
     dictionary = with_k(state, train)
+    params, fixed = eqx.partition(dictionary, mask)
     dead = state.since_fired >= train.dead_after
     coefficients = scheduled(state, objective, train)
-    # the term of dead latents is apart, below
-    own = dataclasses.replace(objective, auxiliary="none") if reads_dead(objective) else objective
 
-    def loss_of(dictionary, places):
-        parts, error = terms(dictionary, x, y, dead, own, coefficients, places, None)
-        return added(parts, own, coefficients), jax.lax.stop_gradient((parts, error))
+    def plain(params, chosen, objective):
+        def of(params):
+            return loss(eqx.combine(params, fixed), x, y, dead, objective, coefficients, chosen)
+
+        return jax.value_and_grad(of, has_aux=True)(params)
+
+    def with_dead(params, chosen):
+        # dead latents are few: their gradient is added to the rows that they are, not as arrays of the whole size
+        few, few_fixed = eqx.partition(dead_latents(dictionary, dead, objective), mask)
+
+        def of(both):
+            part = eqx.combine(both[1], few_fixed)
+            return loss(eqx.combine(both[0], fixed), x, y, dead, objective, coefficients, chosen, part)
+
+        value, (grads, some) = jax.value_and_grad(of, has_aux=True)((params, few))
+        return value, add_at(grads, some, dead, objective)
+
+    def value_and_grad(params, chosen):
+        if not reads_dead(objective):
+            return plain(params, chosen, objective)
+        # most steps have no dead latent, and then a program without the term
+        quiet = dataclasses.replace(objective, auxiliary="none")
+        return jax.lax.cond(dead.any(), lambda p: with_dead(p, chosen), lambda p: plain(p, chosen, quiet), params)
 
     chosen = dictionary.choose(x)
-    # the rare batch with more codes than places is computed densely, to the same numbers
-    bounded = getattr(dictionary.activation, "max_active", None) is not None
-    total, (parts, error), grads, fits = gradients(
-        loss_of, dictionary, chosen, bounded=bounded, frozen_decoder=frozen_decoder
-    )
-    if reads_dead(objective):
-        # dead latents are few: their gradient is added to the rows that they are, and most steps have none
-        few, fixed = eqx.partition(dead_latents(dictionary, dead, objective), trainable(dictionary, frozen_decoder))
-
-        def of_dead(few):
-            term = dead_term(eqx.combine(few, fixed), x, error, dead, objective)
-            return objective.aux_coefficient * term, term
-
-        def nothing(few):
-            zero = jnp.zeros((), error.dtype)
-            return (zero, zero), jax.tree.map(jnp.zeros_like, few)
-
-        (term, auxiliary), some = jax.lax.cond(dead.any(), jax.value_and_grad(of_dead, has_aux=True), nothing, few)
-        total, grads = total + term, add_at(grads, some, dead, objective)
-        parts = eqx.tree_at(lambda p: p.auxiliary, parts, auxiliary)
+    if chosen is None:
+        (total, parts), grads = value_and_grad(params, None)
+        fits = jnp.array(True)
+    elif getattr(dictionary.activation, "max_active", None) is None:
+        (total, parts), grads = value_and_grad(params, chosen)
+        fits = chosen.fits
+    else:
+        # the rare batch with more codes than places is computed densely, to the same numbers
+        fits = chosen.fits
+        (total, parts), grads = jax.lax.cond(
+            fits, lambda p: value_and_grad(p, chosen), lambda p: value_and_grad(p, None), params
+        )
 
     sparsity = coefficients.sparsity
     state, metrics = descended(state, dictionary, grads, total, parts, y, sparsity, fits, train, frozen_decoder)
