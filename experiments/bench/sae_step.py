@@ -8,20 +8,19 @@ first one, tracing and compilation included; `loop_seconds` is a step of `fit`, 
 `limit.py` and `step_limit.py` say what the limit is.
 
 SAELens' own trainer (torch on the CPU, as many threads, no autocast, no compilation) starts from the same weights and
-sees the same batches; the two run one after the other, never at the same time. Each has the memory allocator that its
-launcher sets: ours keeps what is freed (`mi_jax.run.memory`), without which a step takes 8 % longer. `vs_saelens` is
-against SAELens' default configuration. `vs_saelens_sparse` is against the one that is faster on a CPU: codes in sparse
-tensors (`use_sparse_activations`), which there run only without `rescale_acts_by_decoder_norm`. Both trainers'
-auxiliary losses are zero here, for no latent is dead; they would differ then (SAELens' coefficient is 1 on up to
-d_in / 2 latents per token, ours 0.2 on 64). SAELens' step also clips gradients and leaves decoder norms alone. A
-training of ours with these two and SAELens' decay rates, timed as `as_sae_lens_vs_topk`, must find the same loss at the
-first step (`loss_difference`) and the same error at the second (`error_difference_after_step`), both relative.
+sees the same batches; the two run one after the other, never at the same time. `vs_saelens` is against its default
+configuration. `vs_saelens_sparse` is against the one that is faster on a CPU: codes in sparse tensors
+(`use_sparse_activations`), which there run only without `rescale_acts_by_decoder_norm`. Both trainers' auxiliary losses
+are zero here, for no latent is dead; they would differ then (SAELens' coefficient is 1 on up to d_in / 2 latents per
+token, ours 0.2 on 64). SAELens' step also clips gradients and leaves decoder norms alone. A training of ours with these
+two and SAELens' decay rates, timed as `as_sae_lens_vs_topk`, must find the same loss at the first step
+(`loss_difference`) and the same error at the second (`error_difference_after_step`), both relative.
 
 `<architecture>_vs_topk` are medians of ratios of two steps, one right after the other; `dead_vs_topk` is a TopK step
 in which every latent counts as dead, so that its auxiliary loss is computed. JumpReLU has 64 places per token and a
 threshold that gives 32 codes per token at the start; `jumprelu_overflow` is the share of steps that did not fit and
 were computed densely. `vmapped8_vs_8` is one program that trains 8 smaller dictionaries (512 wide, 4,096 latents,
-1,024 tokens), as `fit_many` does, over 8 trainings of one; `many.map_vs_8` and `many.vmap_vs_8` are its two ways.
+1,024 tokens), as `fit_many` does, over 8 trainings of one each; `many.map_vs_8` and `many.vmap_vs_8` are its two ways.
 
 `memory.<architecture>_temporary_mb` is what XLA says the compiled step needs beside its state, its gradients included;
 `memory.dense_codes_mb` is one array of tokens × latents. `memory.dense_arrays_kept` counts the arrays of that size that
@@ -239,11 +238,11 @@ class Bench:
 
     def many(self, progress: Progress) -> dict[str, Any]:
         shape = SMOKE if self.config.smoke else EACH_OF_MANY
-        one = Trainings(1, shape, key=self.key)
+        # as many dictionaries, for one alone would stay in the cache from call to call
+        each = [Trainings(1, shape, key=self.key) for _ in range(MANY)]
 
         def one_after_the_other():
-            # each call's state is the next one's, so the last is ready when all are
-            return [one.call() for _ in range(MANY)][-1]
+            return [training.call() for training in each]
 
         results: dict[str, Any] = {}
         for i, stacked in enumerate(("map", "vmap")):

@@ -11,7 +11,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mi_jax.core.errors import InputError
-from mi_jax.run.memory import keep_freed_memory
 
 Config = TypeVar("Config")
 
@@ -44,7 +43,6 @@ def launch(main: Callable[[Config, str], None], default: Config, *, workdir: str
             _exit(2, f"unexpected argument {argv[1]!r}; settings are given as --config.field=value")
         assert config is not None
         logging.set_verbosity(logging.WARNING)
-        keep_freed_memory()
         try:
             main(_frozen(config.value, default), os.path.expanduser(flags.FLAGS.workdir))
         except InputError as error:
