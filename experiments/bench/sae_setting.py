@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from mi_jax.decomposition import DictionaryConfig, Objective, TrainConfig, TrainState, architecture, init, train_step
 from mi_jax.decomposition.objective import Coefficients, loss
@@ -136,38 +136,32 @@ class Training:
 
 
 class Trainings:
-    """Several trainings in one program, or one of them; a call is `STEPS` steps, as a call of `fit_many` is many."""
+    """Trainings of dictionaries in one program, as `fit_many` has them; a call is `STEPS` steps of each."""
 
     STEPS = 10
 
-    def __init__(self, n: int, shape: Shape, *, key: PRNGKeyArray, stacked: str | None = None):
+    def __init__(self, n: int, shape: Shape, *, key: PRNGKeyArray, together: bool = False):
         """Starts them.
 
         Args:
           n: how many.
           shape: of each.
           key: draws activations and dictionaries.
-          stacked: as in `train_steps`.
+          together: side by side instead of one after the other.
         """
         config, self.objective = configured("topk", shape)
-        self.train, self.stacked = dataclasses.replace(OURS, batch_size=shape.batch), stacked
+        self.train, self.together = dataclasses.replace(OURS, batch_size=shape.batch), together
         x = activations(shape, BATCHES, key=jax.random.fold_in(key, 0)).reshape(-1, shape.d_in)
         one = jnp.float32(1.0)
         self.source = InMemory(x, None, jnp.arange(x.shape[0]), one, one, shape.batch)
-        states = [
+        states = tuple(
             init_state(init(config, key=jax.random.fold_in(key, 1 + i)), config, self.objective, self.train)
             for i in range(n)
-        ]
-        self.state = states[0] if stacked is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-
-    def call(self) -> Int[Array, "*run"]:
-        """Some steps more; returns how many each has done."""
-        self.state, _ = train_steps(
-            self.state,
-            self.source,
-            jnp.int32(self.STEPS),
-            objective=self.objective,
-            train=self.train,
-            stacked=self.stacked,
         )
-        return self.state.step
+        self.state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if together else states
+
+    def call(self) -> dict[str, Array]:
+        """Some steps more; returns their metrics."""
+        how = {"objective": self.objective, "train": self.train, "together": self.together}
+        self.state, metrics = train_steps(self.state, self.source, jnp.int32(self.STEPS), **how)
+        return metrics

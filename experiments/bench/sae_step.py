@@ -20,7 +20,8 @@ two and SAELens' decay rates, timed as `as_sae_lens_vs_topk`, must find the same
 in which every latent counts as dead, so that its auxiliary loss is computed. JumpReLU has 64 places per token and a
 threshold that gives 32 codes per token at the start; `jumprelu_overflow` is the share of steps that did not fit and
 were computed densely. `vmapped8_vs_8` is one program that trains 8 smaller dictionaries (512 wide, 4,096 latents,
-1,024 tokens), as `fit_many` does, over 8 trainings of one each; `many.map_vs_8` and `many.vmap_vs_8` are its two ways.
+1,024 tokens), as `fit_many` does, over 8 trainings of one each; `many.in_turn_vs_8` and `many.vmap_vs_8` are its
+two ways.
 
 `memory.<architecture>_temporary_mb` is what XLA says the compiled step needs beside its state, its gradients included;
 `memory.dense_codes_mb` is one array of tokens × latents. `memory.dense_arrays_kept` counts the arrays of that size that
@@ -245,16 +246,16 @@ class Bench:
             return [training.call() for training in each]
 
         results: dict[str, Any] = {}
-        for i, stacked in enumerate(("map", "vmap")):
-            progress(i / 2, stacked)
-            together = Trainings(MANY, shape, key=self.key, stacked=stacked)
-            compared = ratios(together.call, one_after_the_other, max(1, self.config.pairs // 3))
+        for i, name in enumerate(("in_turn", "vmap")):
+            progress(i / 2, name)
+            program = Trainings(MANY, shape, key=self.key, together=name == "vmap")
+            compared = ratios(program.call, one_after_the_other, self.config.pairs)
             results |= {
-                f"many.{stacked}_vs_8": statistics.median(compared),
-                f"many.{stacked}_vs_8_low": min(compared),
-                f"many.{stacked}_vs_8_high": max(compared),
+                f"many.{name}_vs_8": statistics.median(compared),
+                f"many.{name}_vs_8_low": min(compared),
+                f"many.{name}_vs_8_high": max(compared),
             }
-        return results | {"sae_step.vmapped8_vs_8": results["many.map_vs_8"]}
+        return results | {"sae_step.vmapped8_vs_8": results["many.in_turn_vs_8"]}
 
     def _peer(self) -> Path | None:
         """The peer's interpreter; if it cannot be had it is left out, after a line that says why."""

@@ -170,8 +170,9 @@ def test_one_step_alone_equals_one_of_many(planted):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_many_at_once_are_each_alone(planted, together):
+@pytest.mark.parametrize(("together", "in_a_program"), [(True, 8), (False, 8), (False, 2)])
+def test_many_at_once_are_each_alone(planted, monkeypatch, together, in_a_program):
+    monkeypatch.setattr(fit_module, "MOST_IN_TURN", in_a_program)
     config, objective = architecture("topk", D_MODEL, D_SAE, k=4, objective={"k_aux": 8})
     train = TrainConfig(steps=20, batch_size=256, steps_per_call=20, warmup_steps=2)
     keys = list(jax.random.split(jax.random.key(0), 3))

@@ -148,7 +148,7 @@ def test_a_tiny_run(tmp_path, monkeypatch):
     assert results["memory.dense_codes_mb"] == pytest.approx(4 * 96 * 512 / 1e6)
     assert results["memory.topk_temporary_mb"] > 0
     assert results["sae_step.jumprelu_overflow"] == 0
-    assert results["sae_step.vmapped8_vs_8"] == results["many.map_vs_8"]
+    assert results["sae_step.vmapped8_vs_8"] == results["many.in_turn_vs_8"]
     for name in ("jumprelu", "dead", "as_sae_lens"):
         low, middle, high = (results[f"sae_step.{name}_vs_topk{end}"] for end in ("_low", "", "_high"))
         assert 0 < low <= middle <= high

@@ -28,6 +28,8 @@ from mi_jax.decomposition.training.step import METRICS, update
 
 History = list[dict[str, float]]
 Report = Callable[[TrainState, dict[str, float]], None]
+# trainings one after the other in one program, which has as many copies of the step
+MOST_IN_TURN = 8
 OneStep = Callable[[Any, Any, Any, TrainConfig, bool], tuple[Any, dict[str, Array]]]
 
 
@@ -40,41 +42,41 @@ def _on_batch(
 
 @partial(
     jax.jit,
-    static_argnames=("objective", "train", "frozen_decoder", "stacked", "one_step", "names"),
+    static_argnames=("objective", "train", "frozen_decoder", "together", "one_step", "names"),
     donate_argnames="state",
 )
 def train_steps(
-    state: TrainState,
+    state: Any,
     source: Any,
     n_steps: Int[Array, ""],
     *,
     objective: Any,
     train: TrainConfig,
     frozen_decoder: bool = False,
-    stacked: str | None = None,
+    together: bool = False,
     one_step: OneStep = _on_batch,
     names: tuple[str, ...] = METRICS,
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[Any, dict[str, Array]]:
     """`n_steps` steps on the source's batches, at most `train.steps_per_call`; any number compiles once.
 
     Args:
-      state: donated; its step says which batches are next.
+      state: donated; its step says which batches are next. A tuple of states for several trainings one after the other
+        in the same program; one state whose leaves have a leading axis for several side by side.
       source: gives the batch of a step.
       n_steps: how many.
       objective: the loss.
       train: the schedule.
       frozen_decoder: leave the decoder as it is.
-      stacked: None for one training; `vmap` or `map` for several whose states have a leading axis, side by side or one
-        after the other in the same program.
+      together: the state is of several trainings, side by side: `jax.vmap`.
       one_step: from the state, the source, the objective, the schedule and `frozen_decoder` to the next state and its
         metrics; that of `objective`'s losses if not given.
       names: of the metrics.
 
     Returns:
-      The new state, and the metrics of every step, `[… step]`, of which the first `n_steps` are meant.
+      The new state or states, and the metrics of every step, `[… step]`, of which the first `n_steps` are meant.
     """
 
-    def run(state):
+    def run(state, n_steps):
         def body(i, carry):
             state, curves = carry
             state, metrics = one_step(state, source, objective, train, frozen_decoder)
@@ -83,29 +85,24 @@ def train_steps(
         curves = dict.fromkeys(names, jnp.zeros(train.steps_per_call, jnp.float32))
         return jax.lax.fori_loop(0, n_steps, body, (state, curves))
 
-    if stacked is None:
-        return run(state)
-    return jax.vmap(run)(state) if stacked == "vmap" else _in_turn(run, state)
+    if together:
+        return jax.vmap(run, in_axes=(0, None))(state, n_steps)
+    return _in_turn(run, state, n_steps) if isinstance(state, tuple) else run(state, n_steps)
 
 
-def _in_turn(run: Callable[[Any], tuple[Any, dict[str, Array]]], stacked: Any) -> tuple[Any, dict[str, Array]]:
-    """`jax.lax.map(run, stacked)`, in place: a map would write all states into new memory."""
-
-    def of(states, i):
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), states)
-
-    def put(whole, part, i):
-        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), whole, part)
-
-    def body(i, carry):
-        states, curves = carry
-        state, found = run(of(states, i))
-        return put(states, state, i), put(curves, found, i)
-
-    n = jax.tree.leaves(stacked)[0].shape[0]
-    curves = jax.eval_shape(lambda states: run(of(states, 0))[1], stacked)
-    empty = jax.tree.map(lambda a: jnp.zeros((n, *a.shape), a.dtype), curves)
-    return jax.lax.fori_loop(0, n, body, (stacked, empty))
+def _in_turn(
+    run: Callable[[Any, Array], tuple[Any, dict[str, Array]]], states: tuple[Any, ...], n_steps: Int[Array, ""]
+) -> tuple[tuple[Any, ...], dict[str, Array]]:
+    """`run` on every state, each updated in its own memory: a loop over stacked ones would copy them in and out."""
+    done, curves = [], []
+    for state in states:
+        first = state.step
+        state, found = run(state, n_steps)
+        # how many steps this one did is how many the next one does: so they cannot run, and need memory, at once
+        n_steps = state.step - first
+        done.append(state)
+        curves.append(found)
+    return tuple(done), jax.tree.map(lambda *leaves: jnp.stack(leaves), *curves)
 
 
 def fit(
@@ -149,7 +146,7 @@ def fit(
         current: TrainState = jax.tree.map(jnp.copy, state)
     else:
         current = start(source, config, objective, train, key=k_init, knobs=knobs, frozen_decoder=frozen_decoder)
-    current, history = run_steps(current, source, k_order, objective, train, frozen_decoder, progress, None)
+    current, history = run_steps(current, source, k_order, objective, train, frozen_decoder, progress)
     return finished(current, source.scale_x, source.scale_y if targets is not None else None), history_of(history)
 
 
@@ -175,7 +172,8 @@ def fit_many(
       keys: one per dictionary, for its start; the first also draws the order of the tokens.
       knobs: one entry per dictionary in every leaf; those of the configurations, for all, if not given.
       targets: what transcoders predict.
-      progress: as in `fit`, with stacked states and metrics averaged over the dictionaries.
+      progress: as in `fit`, with a tuple of states (one stacked state with `together`) and metrics averaged over the
+        dictionaries.
       together: `jax.vmap` over the dictionaries, for ones so small that they do not fill an accelerator; otherwise
         one after the other, which is faster (`experiments.bench.sae_step` measures both).
 
@@ -200,12 +198,12 @@ def fit_many(
         )
         for i in range(n)
     ]
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    stacked = "vmap" if together else "map"
-    state, histories = run_steps(state, source, k_order, objective, train, False, progress, stacked)
     scale_y = source.scale_y if targets is not None else None
-    done = [finished(jax.tree.map(lambda leaf: leaf[i], state), source.scale_x, scale_y) for i in range(n)]  # noqa: B023
-    return done, [history_of(histories, i) for i in range(n)]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if together else tuple(states)
+    state, histories = run_steps(state, source, k_order, objective, train, progress=progress, together=together)
+    if together:
+        state = tuple(jax.tree.map(lambda leaf: leaf[i], state) for i in range(n))  # noqa: B023
+    return [finished(one, source.scale_x, scale_y) for one in state], [history_of(histories, i) for i in range(n)]
 
 
 def start(
@@ -262,33 +260,36 @@ def run_steps(
     train: TrainConfig,
     frozen_decoder: bool = False,
     progress: Report | None = None,
-    stacked: str | None = None,
     **how: Any,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """All steps that are left; `source.order` is drawn anew for every epoch. `how` goes to `train_steps`."""
-    n, step, order, history = source.order.shape[0], int(jnp.ravel(state.step)[0]), None, []
+    first = state[0] if isinstance(state, tuple) else state
+    n, step, order, history = source.order.shape[0], int(jnp.ravel(first.step)[0]), None, []
     per_epoch = n // train.batch_size
     while step < train.steps:
         if order is None or step % per_epoch == 0:
             order = jax.random.permutation(jax.random.fold_in(k_order, step // per_epoch), n)
             source = eqx.tree_at(lambda s: s.order, source, order)
         n_steps = min(train.steps_per_call, train.steps - step, per_epoch - step % per_epoch)
-        state, metrics = train_steps(
-            state,
-            source,
-            jnp.asarray(n_steps, jnp.int32),
-            objective=objective,
-            train=train,
-            frozen_decoder=frozen_decoder,
-            stacked=stacked,
-            **how,
-        )
+        how |= {"objective": objective, "train": train, "frozen_decoder": frozen_decoder}
+        state, metrics = _advance(state, source, jnp.asarray(n_steps, jnp.int32), **how)
         step += n_steps
         read = {name: np.asarray(curve)[..., :n_steps].mean(-1) for name, curve in metrics.items()}
         history.append({"step": step} | read)
         if progress is not None:
             progress(state, {name: float(np.mean(value)) for name, value in history[-1].items()})
     return state, history
+
+
+def _advance(state: Any, source: Any, n_steps: Array, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """`train_steps`, for so many trainings at a time as make a program of a reasonable size."""
+    if not isinstance(state, tuple):
+        return train_steps(state, source, n_steps, **how)
+    # of one size where possible, so that one program serves all
+    size = -(-len(state) // -(-len(state) // MOST_IN_TURN))
+    groups = [state[i : i + size] for i in range(0, len(state), size)]
+    done, metrics = zip(*(train_steps(group, source, n_steps, **how) for group in groups), strict=True)
+    return sum(done, ()), jax.tree.map(lambda *curves: np.concatenate(curves), *metrics)
 
 
 def history_of(history: list[dict], i: int | None = None) -> History:
