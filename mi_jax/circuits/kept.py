@@ -70,67 +70,85 @@ def circuit_stream(
       computed: heads and MLPs that are, of every layer (`needed`); None computes all.
     """
     graph, patch = Graph.of(model.config), common.patch
-    per_layer, readers, rest = graph.layer_sources, graph.layer_readers, patch.shape[1:]
-    ones = jnp.stack([jnp.arange(readers) < readers - graph.has_mlp, jnp.arange(readers) >= readers - graph.has_mlp])
-    bases = jnp.broadcast_to(
-        ones.astype(kept.dtype).reshape(2, readers, *(1,) * (kept.ndim - 2)), (2, readers, *kept.shape[2:])
-    )
-    differences: list[Array] = []
+    # two rows for the patched stream of a layer, as attention and as the MLP read it; with them the product is what the
+    # readers read
+    rows = jnp.concatenate([jnp.zeros((2, *patch.shape[1:]), patch.dtype), (common.source - patch[0])[None]])
     for layers in chunks(graph.n_layers):
-        first, begin, n = 1 + layers.start * per_layer, layers.start * readers, len(layers)
-        last = first + n * per_layer
-        # two rows for the patched stream of the layer, as attention and as the MLP read it; with them the product is
-        # what the readers read
-        start = 0 if layers.start == 0 else first
-        own = jnp.zeros((2 + last - start, *rest), patch.dtype)
-        if start == 0:
-            own = jax.lax.dynamic_update_slice_in_dim(own, (common.source - patch[0])[None], 2, 0)
-        by_layer = jnp.moveaxis(
-            kept[:last, begin : begin + n * readers].reshape(last, n, readers, *kept.shape[2:]), 1, 0
-        )
-        earlier = tuple(differences)
+        # room for a chunk more: a layer reads all rows there are
+        rows = jnp.pad(rows, ((0, len(layers) * graph.layer_sources), (0, 0), (0, 0), (0, 0)))
+        some = jnp.ones((len(layers), 2), bool) if computed is None else computed[layers.start : layers.stop]
+        # those that are computed, in their order, and then the others, which the loop does not come to
+        order = layers.start + jnp.argsort(~some.any(1), stable=True)
 
-        def body(own, row, *, earlier=earlier, layers=layers, start=start, first=first):
-            number, weights, wanted = row
-            at = (number - layers.start) * per_layer
-            streams = jnp.stack([common.before[number], common.middle[number]])
-            own = jax.lax.dynamic_update_slice_in_dim(own, streams, 0, 0)
+        def body(i, rows, *, order=order):
+            wanted = None if computed is None else computed[order[i]]
+            return _layer(model, common, kept, order[i], rows, mask, wanted)
 
-            def run():
-                reads = weighted(jnp.concatenate([bases, weights[start:]]), own)
-                begins = 0
-                for part in earlier:
-                    reads = reads + weighted(_padded(weights[begins : begins + len(part) - 2]), part)
-                    begins += len(part) - 2
-                # a layout of its own for the product, which is slow merged into what reads it
-                reads = jax.lax.optimization_barrier(reads)
-                mine = jax.lax.dynamic_slice_in_dim(weights, first + at, per_layer)
-                return _layer(model, common, number, reads, mine, mask, wanted)
-
-            if wanted is None:
-                written = run()
-            else:
-                written = jax.lax.cond(wanted.any(), run, lambda: jnp.zeros((per_layer, *rest), patch.dtype))
-            return jax.lax.dynamic_update_slice_in_dim(own, written, 2 + (first - start) + at, 0), None
-
-        numbers = jnp.asarray(list(layers), jnp.int32)
-        some = None if computed is None else computed[layers.start : layers.stop]
-        own, _ = jax.lax.scan(body, own, (numbers, by_layer, some))
-        differences.append(own)
+        n = len(layers) if computed is None else some.any(1).sum(dtype=jnp.int32)
+        rows = jax.lax.fori_loop(0, n, body, rows)
+    at_output = kept[:, -1:] if kept.ndim == 2 else kept[:, -1, output_pos]
+    written = jnp.take_along_axis(rows[2:], output_pos[None, :, None, None], axis=2)[:, :, 0]
     x = jnp.take_along_axis(common.before[-1], output_pos[:, None, None], axis=1)
-    begin = 0
-    for part in differences:
-        rows = kept[begin : begin + len(part) - 2, -1]
-        rows = _padded(rows[:, None] if kept.ndim == 2 else rows[:, output_pos])
-        written = jnp.take_along_axis(part, output_pos[None, :, None, None], axis=2)[:, :, 0]
-        x = x + jnp.einsum("sb,sbd->bd", jnp.broadcast_to(rows, written.shape[:2]), written)[:, None]
-        begin += len(part) - 2
-    return x
+    return x + jnp.einsum("sb,sbd->bd", jnp.broadcast_to(at_output, written.shape[:2]), written)[:, None]
 
 
-def _padded(weights: Array) -> Array:
-    """Weights of a part's sources, with zeros for the two rows before them."""
-    return jnp.pad(weights, ((2, 0), *((0, 0),) * (weights.ndim - 1)))
+def _layer(
+    model: Decoder,
+    common: Shared,
+    kept: Array,
+    number: Array,
+    rows: Array,
+    mask: Array,
+    wanted: Bool[Array, "2"] | None,
+) -> Float[Array, "row batch pos d_model"]:
+    """`rows` with how what a layer's sources write differs from the patch, where anybody wants it."""
+    graph = Graph.of(model.config)
+    h, readers, first = graph.n_heads, graph.layer_readers, 1 + number * graph.layer_sources
+    rows = jax.lax.dynamic_update_slice_in_dim(rows, jnp.stack([common.before[number], common.middle[number]]), 0, 0)
+    edges = jax.lax.dynamic_slice_in_dim(kept[: len(rows) - 2], number * readers, readers, 1)
+
+    def reads(start: int) -> Float[Array, "reader batch pos d_model"]:
+        """What the layer's readers from `start` on read."""
+        into_mlp = jnp.arange(start, readers) >= readers - graph.has_mlp
+        bases = jnp.stack([~into_mlp, into_mlp]).astype(kept.dtype).reshape(2, -1, *(1,) * (kept.ndim - 2))
+        weights = jnp.concatenate([jnp.broadcast_to(bases, (2, *edges[0, start:].shape)), edges[:, start:]])
+        # a layout of its own for the product, which is slow merged into what reads it
+        return jax.lax.optimization_barrier(weighted(weights, rows))
+
+    def written(read: Array, into_mlp: Array) -> list[Array]:
+        params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), model.blocks)
+        tap = _CircuitTap(graph, params, common, number, read, into_mlp)
+        # what nothing reads of this is not compiled: the stream, and either the MLP or the heads
+        block(model.layer(number, params), common.before[number], tap, model.config, Prompts(mask))
+        return tap.written
+
+    def difference(out: Array, start: int) -> Array:
+        return out - jax.lax.dynamic_slice_in_dim(common.patch, first + start, len(out))
+
+    def heads() -> tuple[Array, Array]:
+        """What they write, and what the MLP reads."""
+        read = reads(0)
+        into_mlp, out = read[-1], difference(written(read, read[-1])[0], 0)
+        if graph.has_mlp and not graph.parallel:
+            into_mlp = into_mlp + weighted(jax.lax.dynamic_slice_in_dim(edges[:, -1:], first, h), out)[0]
+        return out, into_mlp
+
+    def no_heads() -> tuple[Array, Array]:
+        return jnp.zeros((h, *rows.shape[1:]), rows.dtype), reads(readers - 1)[0]
+
+    def others(into_mlp: Array) -> Array:
+        read = jnp.broadcast_to(into_mlp, (readers, *into_mlp.shape))
+        return difference(jnp.concatenate(written(read, into_mlp)[1:]), h)
+
+    def nothing(_: Array) -> Array:
+        return jnp.zeros((graph.mlp_sources, *rows.shape[1:]), rows.dtype)
+
+    out, into_mlp = heads() if wanted is None else jax.lax.cond(wanted[0], heads, no_heads)
+    rows = jax.lax.dynamic_update_slice_in_dim(rows, out, 2 + first, 0)
+    if not graph.has_mlp:
+        return rows
+    out = others(into_mlp) if wanted is None else jax.lax.cond(wanted[1], others, nothing, into_mlp)
+    return jax.lax.dynamic_update_slice_in_dim(rows, out, 2 + first + h, 0)
 
 
 class _CircuitTap(SourceTap):
@@ -167,49 +185,3 @@ class _CircuitTap(SourceTap):
 
     def __call__(self, name: str, x: Array) -> Array:
         return self._into_mlp if name == "mlp.in" else super().__call__(name, x)
-
-
-def _layer(
-    model: Decoder,
-    common: Shared,
-    number: Array,
-    reads: Array,
-    weights: Array,
-    mask: Array,
-    wanted: Array | None,
-) -> Float[Array, "source batch pos d_model"]:
-    """How what a layer's sources write differs from the patch; zeros where nobody wants them."""
-    graph = Graph.of(model.config)
-    h, first = graph.n_heads, 1 + number * graph.layer_sources
-
-    def patched(start: int, n: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(common.patch, first + start, n)
-
-    def written(into_mlp: Array) -> list[Array]:
-        params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), model.blocks)
-        tap = _CircuitTap(graph, params, common, number, reads, into_mlp)
-        # what nothing reads of this is not compiled: the stream, and either the MLP or the heads
-        block(model.layer(number, params), common.before[number], tap, model.config, Prompts(mask))
-        return tap.written
-
-    def attention() -> Array:
-        return written(reads[0])[0] - patched(0, h)
-
-    def rest(heads: Array) -> Array:
-        into_mlp = reads[-1]
-        if not graph.parallel:
-            into_mlp = into_mlp + weighted(weights[:h, -1:], heads)[0]
-        return jnp.concatenate(written(into_mlp)[1:]) - patched(h, graph.mlp_sources)
-
-    if wanted is None:
-        heads = attention()
-        return jnp.concatenate([heads, rest(heads)]) if graph.has_mlp else heads
-
-    def nothing(n: int) -> Array:
-        return jnp.zeros((n, *common.patch.shape[1:]), common.patch.dtype)
-
-    heads = jax.lax.cond(wanted[0], attention, lambda: nothing(h))
-    if not graph.has_mlp:
-        return heads
-    others = jax.lax.cond(wanted[1], rest, lambda heads: nothing(graph.mlp_sources), heads)
-    return jnp.concatenate([heads, others])
