@@ -23,6 +23,7 @@ decision that differs changes all circuits after it.
 
 `faithfulness.ten_sizes_vs_forward` is the time of the faithfulness of ten circuits, with the runs it is normalized by,
 over that of one plain forward that computes logits at the answer's position alone; each pair of calls in turns.
+`ten_sizes_vs_all_logits_forward` is over a plain forward as a caller writes it, `model(tokens)`.
 `memory.smollm2_ioi_peak_gb` is the largest resident memory of a process that scores SmolLM2's edges on 16 prompts.
 
 The first run installs the peers (several minutes, kept in the user's cache folder); `--config.peers=false` leaves them
@@ -335,18 +336,19 @@ class Bench:
         masks = [top_edges(scores, graph, n) for n in sizes(graph, FRACTIONS)]
         forward = mi.jit(made.model)
         progress(0.3, f"{len(masks)} sizes")
-        with disturbance:
-            compared = ratios(
-                lambda: faithfulness(made.model, task, masks),
-                lambda: forward(task.clean, task.mask, output_pos=task.position),
-                self.config.pairs,
-            )
-        return {
-            "faithfulness.ten_sizes_vs_forward": statistics.median(compared),
-            "faithfulness.ten_sizes_vs_forward_low": min(compared),
-            "faithfulness.ten_sizes_vs_forward_high": max(compared),
-            **_other_load("faithfulness", disturbance),
-        }
+        # logits at the answer's position alone, and all
+        forwards = {"": {"output_pos": task.position}, "all_logits_": {}}
+        results: dict[str, Any] = {}
+        for kind, options in forwards.items():
+            with disturbance:
+                compared = ratios(
+                    lambda: faithfulness(made.model, task, masks),
+                    _call(forward, task.clean, task.mask, **options),
+                    self.config.pairs,
+                )
+            name = f"faithfulness.ten_sizes_vs_{kind}forward"
+            results |= {name: statistics.median(compared), f"{name}_low": min(compared), f"{name}_high": max(compared)}
+        return results | _other_load("faithfulness", disturbance)
 
     def memory(self, progress: Progress) -> dict[str, Any]:
         try:
