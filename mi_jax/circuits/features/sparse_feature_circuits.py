@@ -1,4 +1,4 @@
-"""Sparse feature circuits: the features and errors that matter for a task, the edges between them, and their tests.
+"""Sparse feature circuits: the features and errors that matter for a task, and the edges between them.
 
 Source: Marks et al. 2024, "Sparse Feature Circuits" (arXiv 2403.19647), section 3.
 """
@@ -6,19 +6,13 @@ Source: Marks et al. 2024, "Sparse Feature Circuits" (arXiv 2403.19647), section
 import dataclasses
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mi_jax.circuits.features.edges import feature_edges
 from mi_jax.circuits.features.effects import FeatureEffects, Method, feature_effects
-from mi_jax.circuits.features.spliced import NodeSplice, Place, SplicedModel, ablated_states, check_ablation
-from mi_jax.core.edits import transform
-from mi_jax.core.effects import mean_metric
+from mi_jax.circuits.features.spliced import Place, SplicedModel, check_ablation
 from mi_jax.core.errors import InputError
-from mi_jax.core.transforms import intervene
 from mi_jax.data.task import Task
 
 
@@ -54,33 +48,6 @@ class FeatureCircuit:
                 for t, s in zip(targets.tolist(), sources.tolist(), strict=True)
             },
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureFaithfulness:
-    """The mean metric of four runs, and what it says of a circuit.
-
-    Attributes:
-      full: of the model.
-      empty: with all nodes ablated.
-      circuit: with all nodes ablated but those of the circuit.
-      complement: with the nodes of the circuit ablated.
-    """
-
-    full: float
-    empty: float
-    circuit: float
-    complement: float
-
-    @property
-    def faithfulness(self) -> float:
-        """(circuit − empty) / (full − empty): 1 where the circuit alone does what the model does."""
-        return (self.circuit - self.empty) / (self.full - self.empty)
-
-    @property
-    def completeness(self) -> float:
-        """The faithfulness of everything but the circuit: 0 where nothing outside it does the task."""
-        return (self.complement - self.empty) / (self.full - self.empty)
 
 
 def sparse_feature_circuit(
@@ -126,80 +93,3 @@ def sparse_feature_circuit(
         raise InputError(f"no node has an effect over node_threshold={node_threshold}; the largest is {largest:.3g}")
     weights = feature_edges(spliced, task, found, ablation=ablation)
     return FeatureCircuit(spliced.places, found, np.concatenate(scores), weights, np.abs(weights) > edge_threshold)
-
-
-def feature_faithfulness(
-    spliced: SplicedModel,
-    task: Task,
-    circuit: FeatureCircuit | Int[np.ndarray, "node 3"],
-    *,
-    ablation: str = "mean-positional",
-    keep_errors: bool = False,
-) -> FeatureFaithfulness:
-    """Runs a task with only the nodes of a circuit, without them, and without all.
-
-    Args:
-      circuit: a circuit, or its nodes.
-      ablation: what the nodes outside hold; see `feature_effects`.
-      keep_errors: errors stay in all runs, so that only features are tested.
-
-    Raises:
-      InputError: a node that does not exist, an unknown ablation, or a metric that ablating all nodes does not change.
-    """
-    check_ablation(ablation)
-    nodes = circuit.nodes if isinstance(circuit, FeatureCircuit) else circuit
-    n_pos = task.clean.shape[1]
-    codes, errors = _masks(spliced, nodes, n_pos)
-    keep = {place: np.stack([np.ones_like(m), np.zeros_like(m), m, ~m]) for place, m in codes.items()}
-    kept_errors = {}
-    for place, m in errors.items():
-        rows = np.stack([np.ones_like(m), np.zeros_like(m), m, ~m])
-        kept_errors[place] = np.ones_like(rows) if keep_errors else rows
-    full, empty, alone, without = np.asarray(
-        _metrics(spliced, task, ablation, jax.tree.map(jnp.asarray, (keep, kept_errors)))
-    ).tolist()
-    if abs(full - empty) <= 1e-6 * max(1.0, abs(full)):
-        raise InputError(
-            f"the metric is {full:.4g} with all nodes and {empty:.4g} with none, so no circuit can be told from "
-            "another; ablate with other values, or at more places"
-        )
-    return FeatureFaithfulness(full, empty, alone, without)
-
-
-def _masks(
-    spliced: SplicedModel, nodes: np.ndarray, n_pos: int
-) -> tuple[dict[Place, Bool[np.ndarray, "pos _"]], dict[Place, Bool[np.ndarray, " pos"]]]:
-    codes = {place: np.zeros((n_pos, one.d_sae), bool) for place, one in spliced.dictionaries.items()}
-    errors = {place: np.zeros(n_pos, bool) for place in spliced.dictionaries}
-    for index, pos, latent in np.asarray(nodes).tolist():
-        if not 0 <= index < len(spliced.places):
-            raise InputError(f"there are places 0–{len(spliced.places) - 1}; got a node of place {index}")
-        place = spliced.places[index]
-        d_sae = spliced.dictionaries[place].d_sae
-        if not -1 <= pos < n_pos or not -1 <= latent < d_sae:
-            raise InputError(
-                f"{place[0]!r} layer {place[1]} has latents 0–{d_sae - 1} (−1: the error) and the prompts positions "
-                f"0–{n_pos - 1} (−1: all); got latent {latent} at position {pos}"
-            )
-        at = slice(None) if pos < 0 else pos
-        if latent < 0:
-            errors[place][at] = True
-        else:
-            codes[place][at, latent] = True
-    return codes, errors
-
-
-@eqx.filter_jit
-def _metrics(spliced: SplicedModel, task: Task, ablation: str, masks: tuple[dict, dict]) -> Float[Array, " run"]:
-    ablated = ablated_states(spliced, task, ablation)
-
-    def run(kept):
-        codes, errors = kept
-        edits = []
-        for place, one in spliced.dictionaries.items():
-            values = ablated.codes[place], ablated.errors[place]
-            edits.append(transform(place[0], NodeSplice(one, codes[place], errors[place], *values), layer=place[1]))
-        logits = intervene(spliced.model, *edits)(task.clean, task.mask, output_pos=task.position)
-        return mean_metric(task.metric(logits))
-
-    return jax.lax.map(run, masks)

@@ -1,9 +1,12 @@
 """Edges between features against dense gradients, and circuits against runs with their nodes ablated by hand."""
 
+import collections
+import dataclasses
 import functools
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +15,7 @@ from mi_jax.circuits.features import (
     feature_edges,
     feature_effects,
     feature_faithfulness,
+    random_nodes,
     sparse_feature_circuit,
     splice_dictionaries,
 )
@@ -101,6 +105,52 @@ def test_faithfulness_of_everything_of_nothing_and_of_some():
     close(found.complement, metric(*place, dictionary.decode(mixed) + e.at[:, 1].set(e_other[:, 1])))
     kept = feature_faithfulness(one_place, task(), nodes, ablation="resample", keep_errors=True)
     close(kept.empty, metric(*place, dictionary.decode(z_other) + e))
+
+
+def test_intervals_and_random_circuits_of_a_circuit():
+    one_place = spliced(PLACES[:1])
+    place, dictionary = PLACES[0], spliced().dictionaries[PLACES[0]]
+    z, e, z_other, e_other = (np.asarray(a) for a in nodes_of(place))
+    nodes = np.array([(0, 1, 1), (0, 2, 5), (0, 2, 7), (0, -1, 3), (0, 1, -1)], np.int32)
+    drawn = random_nodes(one_place, task(), nodes, 20, ablation="resample")
+    moved = (z != z_other).any(0)
+    for each in drawn:
+        assert len({tuple(row) for row in each.tolist()}) == len(each) == len(nodes)
+        kinds = [collections.Counter((pos < 0, latent < 0) for _, pos, latent in n.tolist()) for n in (each, nodes)]
+        assert kinds[0] == kinds[1]
+        features = each[(each[:, 1] >= 0) & (each[:, 2] >= 0)]
+        assert moved[features[:, 1], features[:, 2]].all()
+        assert moved[:, each[each[:, 1] < 0][:, 2]].any()
+    assert len({each.tobytes() for each in drawn}) > 10
+    found = feature_faithfulness(one_place, task(), nodes, ablation="resample", null_circuits=3, seed=5)
+    assert found.runs.shape == (4, len(task().clean))
+    # the second random circuit, by hand
+    second = random_nodes(one_place, task(), nodes, 3, ablation="resample", seed=5)[1]
+    mixed, error = z_other.copy(), e_other.copy()
+    for _, pos, latent in second.tolist():
+        at = slice(None) if pos < 0 else pos
+        if latent < 0:
+            error[:, at] = e[:, at]
+        else:
+            mixed[:, at, latent] = z[:, at, latent]
+    close(found.random[1, 0].mean(), metric(*place, dictionary.decode(jnp.asarray(mixed)) + error))
+    null = found.faithfulness_null
+    assert null.low <= null.mean <= null.high
+    values = (found.random[:, 1].mean(1) - found.empty) / (found.full - found.empty)
+    assert found.completeness_null.mean == pytest.approx(values.mean())
+    for name, interval in found.intervals(key=jax.random.key(0)).items():
+        assert interval.value == pytest.approx(getattr(found, name))
+        assert interval.ci_low < interval.value < interval.ci_high
+    # all that is equal between prompts has no width
+    same = dataclasses.replace(found, runs=np.repeat(found.runs[:, :1], 2, axis=1))
+    interval = same.intervals(key=jax.random.key(0))["faithfulness"]
+    assert interval.ci_low == pytest.approx(interval.ci_high)
+    with pytest.raises(InputError, match="this task has one"):
+        dataclasses.replace(found, runs=found.runs[:, :1], random=found.random[..., :1]).intervals(
+            key=jax.random.key(0)
+        )
+    with pytest.raises(InputError, match="no random circuits were run"):
+        _ = dataclasses.replace(found, random=found.random[:0]).faithfulness_null
 
 
 @pytest.mark.slow
