@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 from mi_jax.core.errors import InputError
 from mi_jax.decomposition import formats
 from mi_jax.models.checkpoints.errors import CheckpointError
-from tests.decomposition.formats import layouts
+from tests.decomposition.formats import sae_lens_layouts, scope_layouts, trainer_layouts
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return layouts.sae_lens_jumprelu(tmp_path / "sae").path
+    return sae_lens_layouts.sae_lens_jumprelu(tmp_path / "sae").path
 
 
 def change(folder, name="cfg.json", **fields):
@@ -91,7 +91,7 @@ def test_damaged_files(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"cfg.json: cannot be read as JSON"):
         formats.load(folder)
 
-    params = layouts.gemma_scope(tmp_path / "gemma").path / "params.npz"
+    params = scope_layouts.gemma_scope(tmp_path / "gemma").path / "params.npz"
     whole = params.read_bytes()
     params.write_bytes(whole[:-30])
     with pytest.raises(CheckpointError, match=r"params.npz: not a numpy archive, or truncated"):
@@ -107,25 +107,25 @@ def test_damaged_files(folder, tmp_path):
 
 
 def test_arrays_of_objects_are_never_read(tmp_path):
-    folder = layouts.gemma_scope(tmp_path / "gemma").path
+    folder = scope_layouts.gemma_scope(tmp_path / "gemma").path
     np.savez(folder / "params.npz", W_enc=np.array([[{"a": 1}]], dtype=object))
     with pytest.raises(CheckpointError, match=r"params.npz: array 'W_enc' cannot be read \(Object arrays"):
         formats.load(folder)
 
 
 def test_pickles_are_never_read(tmp_path):
-    folder = layouts.dictionary_learning_relu(tmp_path / "dl").path
+    folder = trainer_layouts.dictionary_learning_relu(tmp_path / "dl").path
     (folder / "ae.pt").write_bytes(pickle.dumps({"bias": 1}))
     with pytest.raises(CheckpointError, match=r"ae.pt: a plain pickle"):
         formats.load(folder)
-    path = layouts.openai(tmp_path / "openai").path
+    path = trainer_layouts.openai(tmp_path / "openai").path
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointError, match=r"6.pt: not a torch file, or truncated"):
         formats.load(path)
 
 
 def test_dictionaries_of_classes_that_are_not_known(tmp_path):
-    folder = layouts.dictionary_learning_topk(tmp_path / "dl").path
+    folder = trainer_layouts.dictionary_learning_topk(tmp_path / "dl").path
     (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": "IdentityDict"}}))
     with pytest.raises(CheckpointError, match="dict_class 'IdentityDict' is not known here; known are AutoEncoder"):
         formats.load(folder)
@@ -133,7 +133,7 @@ def test_dictionaries_of_classes_that_are_not_known(tmp_path):
     with pytest.raises(CheckpointError, match="AutoEncoderTopK and BatchTopKSAE have the same tensors"):
         formats.load(folder)
     for make in ("relu", "new", "gated", "jumprelu", "matryoshka"):
-        told = getattr(layouts, f"dictionary_learning_{make}")(tmp_path / make).path
+        told = getattr(trainer_layouts, f"dictionary_learning_{make}")(tmp_path / make).path
         with_config = formats.load(told)
         (told / "config.json").unlink()
         assert type(formats.load(told).activation) is type(with_config.activation)
@@ -141,42 +141,42 @@ def test_dictionaries_of_classes_that_are_not_known(tmp_path):
 
 
 def test_activations_that_are_not_known(tmp_path):
-    sparse = change(layouts.sparsify(tmp_path / "a").path, activation="groupmax")
+    sparse = change(trainer_layouts.sparsify(tmp_path / "a").path, activation="groupmax")
     with pytest.raises(CheckpointError, match="activation 'groupmax' is not known here; topk is"):
         formats.load(sparse)
-    batch = change(layouts.llamascopium(tmp_path / "b").path, "config.json", act_fn="batchtopk")
+    batch = change(scope_layouts.llamascopium(tmp_path / "b").path, "config.json", act_fn="batchtopk")
     with pytest.raises(CheckpointError, match="act_fn 'batchtopk' chooses over a whole batch"):
         formats.load(batch)
-    glu = change(layouts.llamascopium(tmp_path / "c").path, "config.json", use_glu_encoder=True)
+    glu = change(scope_layouts.llamascopium(tmp_path / "c").path, "config.json", use_glu_encoder=True)
     with pytest.raises(CheckpointError, match="gated linear unit"):
         formats.load(glu)
-    lorsa = change(layouts.llamascopium(tmp_path / "d").path, "config.json", sae_type="lorsa")
+    lorsa = change(scope_layouts.llamascopium(tmp_path / "d").path, "config.json", sae_type="lorsa")
     with pytest.raises(CheckpointError, match="sae_type 'lorsa'"):
         formats.load(lorsa)
-    uneven = change(layouts.llamascopium_crosscoder(tmp_path / "e").path, "config.json", act_fn="topk")
+    uneven = change(scope_layouts.llamascopium_crosscoder(tmp_path / "e").path, "config.json", act_fn="topk")
     with pytest.raises(CheckpointError, match="each site of this crosscoder gates a latent"):
         formats.load(uneven)
-    other = change(layouts.gemma_scope_2(tmp_path / "f").path, "config.json", architecture="topk")
+    other = change(scope_layouts.gemma_scope_2(tmp_path / "f").path, "config.json", architecture="topk")
     with pytest.raises(CheckpointError, match="architecture 'topk' is not known here; jump_relu is"):
         formats.load(other)
 
 
 def test_layers_that_are_missing_or_not_chosen(tmp_path):
-    folder = layouts.circuit_tracer(tmp_path / "a").path
+    folder = trainer_layouts.circuit_tracer(tmp_path / "a").path
     with pytest.raises(CheckpointError, match="has transcoders of layers 3, 4: give layer="):
         formats.load(folder)
     with pytest.raises(CheckpointError, match="there is no layer 7; give layer="):
         formats.load(folder, layer=7)
-    across = layouts.circuit_tracer_clt(tmp_path / "b").path
+    across = trainer_layouts.circuit_tracer_clt(tmp_path / "b").path
     with pytest.raises(InputError, match="layer= has no meaning for circuit_tracer_clt"):
         formats.load(across, layer=1)
     (across / "W_enc_1.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no W_enc file of layer 1; there are those of layers 0, 2"):
         formats.load(across)
-    gemma = layouts.gemma_scope_2_clt(tmp_path / "c").path
+    gemma = scope_layouts.gemma_scope_2_clt(tmp_path / "c").path
     with pytest.raises(CheckpointError, match="one layer of a cross-layer transcoder; load its folder"):
         formats.load(gemma / "params_layer_1.safetensors")
-    trained = layouts.clt_training(tmp_path / "d").path
+    trained = trainer_layouts.clt_training(tmp_path / "d").path
     with pytest.raises(CheckpointError, match="one layer of a cross-layer transcoder; load the folder above"):
         formats.load(trained / "h.9.mlp")
     shutil.rmtree(trained / "h.10.mlp")
@@ -193,7 +193,7 @@ def test_layers_that_are_missing_or_not_chosen(tmp_path):
     ],
 )
 def test_cross_layer_parts_that_have_no_place_here(name, value, fault, tmp_path):
-    folder = layouts.clt_training(tmp_path / "a").path
+    folder = trainer_layouts.clt_training(tmp_path / "a").path
     change_tensors(folder / "h.8.mlp" / "sae.safetensors", **{name: value})
     with pytest.raises(CheckpointError, match=fault):
         formats.load(folder)

@@ -17,7 +17,7 @@ from mi_jax.decomposition import formats
 from mi_jax.decomposition.activations import BatchTopK, JumpReLU
 from mi_jax.decomposition.cross_layer import CrossLayerTranscoder
 from mi_jax.decomposition.token_norm import TokenNorm
-from tests.decomposition.formats import layouts
+from tests.decomposition.formats import making
 from tests.decomposition.formats.layouts import LAYOUTS
 
 TOLERANCE = 1e-5
@@ -74,7 +74,7 @@ def test_a_layout_is_recognised_and_computes_its_equation(format, case, tmp_path
 
 @pytest.mark.parametrize("seed", [1000, 2000])
 def test_any_numbers_compute_their_equation(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts, "SEED", seed)
+    monkeypatch.setattr(making, "SEED", seed)
     for number, (format, case) in enumerate(CASES):
         made = LAYOUTS[format][case](tmp_path / str(number))
         model = formats.load(made.path, **made.options)
