@@ -23,7 +23,7 @@ decision that differs changes all circuits after it.
 
 `faithfulness.ten_sizes_vs_forward` is the time of the faithfulness of ten circuits, with the runs it is normalized by,
 over that of one plain forward that computes logits at the answer's position alone; each pair of calls in turns.
-`ten_sizes_vs_all_logits_forward` is over a plain forward as a caller writes it, `model(tokens)`.
+`ten_sizes_vs_full_forward` is over a plain forward as a caller writes it, `model(tokens)`.
 `memory.smollm2_ioi_peak_gb` is the largest resident memory of a process that scores SmolLM2's edges on 16 prompts.
 
 The first run installs the peers (several minutes, kept in the user's cache folder); `--config.peers=false` leaves them
@@ -337,7 +337,7 @@ class Bench:
         forward = mi.jit(made.model)
         progress(0.3, f"{len(masks)} sizes")
         # logits at the answer's position alone, and all
-        forwards = {"": {"output_pos": task.position}, "all_logits_": {}}
+        forwards = {"": {"output_pos": task.position}, "full_": {}}
         results: dict[str, Any] = {}
         for kind, options in forwards.items():
             with disturbance:

@@ -30,7 +30,7 @@ two ways.
 the forward passes of all these architectures keep for the backward pass.
 
 The first run installs torch and SAELens (a few minutes, kept in the user's cache folder); `--config.peers=false` leaves
-them out. On 2 CPU cores the rest takes about 6 minutes with the peer and 3 without. Nothing else may run meanwhile: the
+them out. On 2 CPU cores the rest takes about 6 minutes with the peer and 4 without. Nothing else may run meanwhile: the
 figures count only where `run.other_load` is small and `limit.holds` is true.
 """
 

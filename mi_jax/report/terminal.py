@@ -11,7 +11,7 @@ from mi_jax.report.text import interval, number
 
 
 def terminal_table(results: Mapping[str, Any], bars: Mapping[str, str] | None = None) -> Table:
-    """All figures of a run, each beside its null, its interval and the bar it must meet.
+    """All figures of a run, each beside its null, its interval and the bar it must meet, as far as there are any.
 
     Args:
       results: flat, dotted names to numbers, strings or booleans; `_null`, `_ci_low` and `_ci_high` are siblings.
@@ -22,23 +22,26 @@ def terminal_table(results: Mapping[str, Any], bars: Mapping[str, str] | None = 
       >>> from rich.console import Console
       >>> Console().print(terminal_table({"monitor.auroc": 0.99, "monitor.auroc_null": 0.5}))  # doctest: +SKIP
     """
+    rows = figures(results, bars)
+    with_null = any(row.null is not None for row in rows)
+    with_interval = any(interval(row.low, row.high) for row in rows)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("figure", no_wrap=True)
-    for column in ("value", "null", "95% interval"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column, there in (("value", True), ("null", with_null), ("95% interval", with_interval)):
+        if there:
+            table.add_column(column, justify="right", no_wrap=True)
     if bars:
         table.add_column("bar", no_wrap=True)
     group = None
-    for row in figures(results, bars):
+    for row in rows:
         if row.group != group:
             group = row.group
             table.add_row(Text(group, style="bold"), end_section=False)
-        cells = [
-            Text(f"  {row.name}"),
-            Text(number(row.value), style="bold"),
-            Text("" if row.null is None else number(row.null), style="dim"),
-            Text(interval(row.low, row.high), style="dim"),
-        ]
+        cells = [Text(f"  {row.name}"), Text(number(row.value), style="bold")]
+        if with_null:
+            cells.append(Text("" if row.null is None else number(row.null), style="dim"))
+        if with_interval:
+            cells.append(Text(interval(row.low, row.high), style="dim"))
         if bars:
             mark = "  " if row.met is None else "✓ " if row.met else "✗ "
             style = "" if row.met is None else "green" if row.met else "red"

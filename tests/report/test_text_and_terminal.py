@@ -123,3 +123,10 @@ def test_a_bar_without_its_figure_is_shown_as_not_met():
     text = rendered(terminal_table({"a.x": 1.0}, {"monitor.auroc": "≥ 0.9"}))
     assert "✗ ≥ 0.9" in text
     assert "n/a" in text
+
+
+def test_terminal_table_has_no_column_that_nothing_is_in():
+    first = rendered(terminal_table({"a.x": 1.0, "a.y": 2.0})).splitlines()[0]
+    assert first.split() == ["figure", "value"]
+    first = rendered(terminal_table({"a.x": 1.0, "a.x_null": 0.5}, {"a.x": "> null"})).splitlines()[0]
+    assert first.split() == ["figure", "value", "null", "bar"]
