@@ -26,7 +26,8 @@ from mi_jax.models.decoder import Decoder
 
 # Room for this many circuits at the least, so that calls with fewer share one compiled program.
 _ROOM = 64
-# prompts, of however many circuits, whose logits are computed in one product: ten circuits of eight
+# prompts, of however many circuits, whose logits are computed in one product; fewer read the unembedding more often,
+# more are empty rows where circuits are few
 ROWS_TOGETHER = 80
 
 

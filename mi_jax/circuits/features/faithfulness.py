@@ -165,24 +165,24 @@ def random_nodes(
 ) -> list[Nodes]:
     """Random circuits: in every place as many features and errors, of one position or of all, as `nodes` has.
 
-    Features are drawn from those that ablation changes on some prompt, for most of a large dictionary's do nothing
-    there; where a place has fewer of them, all are taken.
+    They are drawn from the nodes that ablation changes on some prompt, for most features of a large dictionary do
+    nothing there, nor does an error at padding; where a place has fewer of them, all are taken.
     """
     check_ablation(ablation)
-    moved = {place: np.asarray(found) for place, found in _moved(spliced, task, ablation).items()}
+    codes, errors = jax.tree.map(np.asarray, _moved(spliced, task, ablation))
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(n):
         drawn = [np.zeros((0, 3), np.int32)]
         for index, place in enumerate(spliced.places):
             at_place = nodes[nodes[:, 0] == index]
-            n_pos, everywhere, error = len(moved[place]), at_place[:, 1] < 0, at_place[:, 2] < 0
-            latents = np.flatnonzero(moved[place].any(0))
+            everywhere, error = at_place[:, 1] < 0, at_place[:, 2] < 0
+            latents, positions = np.flatnonzero(codes[place].any(0)), np.flatnonzero(errors[place])
             # rows of position and latent
             pools = {
-                (False, False): np.argwhere(moved[place]),
+                (False, False): np.argwhere(codes[place]),
                 (True, False): np.stack([np.full(len(latents), -1), latents], 1),
-                (False, True): np.stack([np.arange(n_pos), np.full(n_pos, -1)], 1),
+                (False, True): np.stack([positions, np.full(len(positions), -1)], 1),
                 (True, True): np.array([[-1, -1]]),
             }
             for (all_positions, is_error), pool in pools.items():
@@ -194,10 +194,13 @@ def random_nodes(
 
 
 @eqx.filter_jit
-def _moved(spliced: SplicedModel, task: Task, ablation: str) -> dict[Place, Bool[Array, "pos _"]]:
-    """Which latents ablation changes, at every position, on some prompt."""
-    clean = activations(spliced, task.clean, task.mask)
-    return {place: (dz != 0).any(0) for place, dz in difference(spliced, task, clean, ablation).codes.items()}
+def _moved(
+    spliced: SplicedModel, task: Task, ablation: str
+) -> tuple[dict[Place, Bool[Array, "pos _"]], dict[Place, Bool[Array, " pos"]]]:
+    """Which latents, and where which errors, ablation changes on some prompt."""
+    moved = difference(spliced, task, activations(spliced, task.clean, task.mask), ablation)
+    codes = {place: (dz != 0).any(0) for place, dz in moved.codes.items()}
+    return codes, {place: (error != 0).any((0, 2)) for place, error in moved.errors.items()}
 
 
 def _masks(spliced: SplicedModel, nodes: Nodes, n_pos: int) -> _Masks:

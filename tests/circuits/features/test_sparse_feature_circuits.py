@@ -122,6 +122,10 @@ def test_intervals_and_random_circuits_of_a_circuit():
         assert moved[features[:, 1], features[:, 2]].all()
         assert moved[:, each[each[:, 1] < 0][:, 2]].any()
     assert len({each.tobytes() for each in drawn}) > 10
+    # nothing is drawn from padding, where there is nothing to ablate
+    padded = eqx.tree_at(lambda t: t.mask, task(), task().mask.at[:, 0].set(False))
+    for each in random_nodes(one_place, padded, nodes, 20, ablation="resample"):
+        assert not (each[:, 1] == 0).any()
     found = feature_faithfulness(one_place, task(), nodes, ablation="resample", null_circuits=3, seed=5)
     assert found.runs.shape == (4, len(task().clean))
     # the second random circuit, by hand
