@@ -121,7 +121,7 @@ def masked_stream(
 
 def chunks(n_layers: int, size: int | None = None) -> list[range]:
     """The layers in chunks of this size; by default one chunk of up to four layers, else about √n chunks."""
-    size = size or (n_layers if n_layers <= 4 else math.ceil(math.sqrt(n_layers)))
+    size = size or max(1, n_layers if n_layers <= 4 else math.ceil(math.sqrt(n_layers)))
     return [range(i, min(i + size, n_layers)) for i in range(0, n_layers, size)]
 
 

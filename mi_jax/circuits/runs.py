@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.kept import circuit_stream, needed
+from mi_jax.circuits.kept import circuit_stream
 from mi_jax.circuits.masked import head_logits, masked_stream
 from mi_jax.circuits.measures import kl_divergence
-from mi_jax.circuits.shared import has_constant_rest, shared
+from mi_jax.circuits.needed import Needs, needed
+from mi_jax.circuits.shared import Shared, has_constant_rest, shared, shared_with_run, splits_by_run
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
@@ -87,7 +88,10 @@ def circuit_runs(
     others = None if references is None else _stacked(graph, references, task)
     if others is not None and others.shape != masks.shape:
         raise InputError(f"{len(masks)} circuits need as many references of the same kind, got {len(others)}")
-    patch = ablation_values(model, task, ablation, reference_task)
+    resampled = isinstance(ablation, str) and ablation == "resample"
+    # the run of the corrupt prompts is then made together with the clean one
+    with_run = resampled and has_constant_rest(model) and splits_by_run(model)
+    patch = None if with_run else ablation_values(model, task, ablation, reference_task)
     chosen, back = _distinct(masks if others is None else np.stack([masks, others], 1))
     known = np.zeros(len(chosen), bool)
     if others is None:
@@ -103,9 +107,8 @@ def circuit_runs(
     room = max(-(-_ROOM // batch_size), 1 << (chunks - 1).bit_length())
     kinds = [m[chosen] for m in (masks, others) if m is not None]
     # circuits that run side by side are computed whole
-    resampled = isinstance(ablation, str) and ablation == "resample"
-    parts = [needed(graph, m, from_input=resampled) for m in kinds] if batch_size == 1 else None
-    stacked = [tuple(_chunked(m, room, batch_size) for m in each) for each in (kinds, parts or ())]
+    needs = [needed(graph, m, from_input=resampled) for m in kinds] if batch_size == 1 else []
+    stacked = jax.tree.map(lambda m: _chunked(m, room, batch_size), (tuple(kinds), tuple(needs)))
     out = _run(model, task, patch, jnp.asarray(chunks, jnp.int32), *stacked)
     runs = CircuitRuns(*(np.asarray(x)[:n] for x in out))
     return _with_model(runs, known)[back]
@@ -163,22 +166,33 @@ def _chunked(masks: np.ndarray, room: int, batch_size: int) -> Array:
 def _run(
     model: Decoder,
     task: Task,
-    patch: Array,
+    patch: Array | None,
     chunks: Int[Array, ""],
     masks: tuple[Array, ...],
-    computed: tuple[Array, ...],
+    needs: tuple[Needs, ...],
 ) -> tuple[Array, ...]:
     """Numbers of the first `chunks` chunks, and anything after them.
 
     Args:
+      patch: what ablated sources write; None for what they write in the corrupt prompts (`splits_by_run`).
       masks: circuits in chunks, and the circuits that they are compared with, if not with the whole model.
-      computed: what of each is computed, or empty.
+      needs: of each, or empty: then all is computed.
     """
+    common = last = None
+    if patch is None:
+        common, last = shared_with_run(model, task.clean, task.corrupt, task.mask)
+    elif has_constant_rest(model):
+        common = shared(model, task.clean, patch)
     streams = [
-        _streams(model, task, patch, chunks, *each)
-        for each in zip(masks, computed or (None,) * len(masks), strict=True)
+        _streams(model, task, common, patch, chunks, *each)
+        for each in zip(masks, needs or (None,) * len(masks), strict=True)
     ]
-    whole = model(task.clean, task.mask, output_pos=task.position) if len(masks) == 1 else None
+    whole = None
+    if len(masks) == 1:
+        if last is None:
+            whole = model(task.clean, task.mask, output_pos=task.position)
+        else:
+            whole = head_logits(model, jnp.take_along_axis(last, task.position[:, None, None], axis=1))
 
     def logits_of(x):
         rows = head_logits(model, x.reshape(-1, 1, x.shape[-1]))
@@ -211,26 +225,31 @@ def _run(
 
 
 def _streams(
-    model: Decoder, task: Task, patch: Array, chunks: Array, masks: Array, computed: Array | None
+    model: Decoder,
+    task: Task,
+    common: Shared | None,
+    patch: Array | None,
+    chunks: Array,
+    masks: Array,
+    needs: Needs | None,
 ) -> Float[Array, "circuit batch 1 d_model"]:
     """What the logits of every circuit are read from."""
     edges = jnp.asarray(Graph.of(model.config).edges)
-    edges = edges if masks.ndim == 4 else edges[:, :, None]
-    common = shared(model, task.clean, patch) if has_constant_rest(model) else None
+    edges, dtype = edges if masks.ndim == 4 else edges[:, :, None], model.unembedding.dtype
 
-    def one(mask, wanted):
+    def one(mask, needs):
         if common is not None:
-            kept = (edges & mask).astype(patch.dtype)
-            return circuit_stream(model, common, kept, task.mask, task.position, wanted)
-        cut = (edges & ~mask).astype(patch.dtype)
+            kept = (edges & mask).astype(dtype)
+            return circuit_stream(model, common, kept, task.mask, task.position, needs)
+        cut = (edges & ~mask).astype(dtype)
         return masked_stream(model, task.clean, cut, patch, task.mask, output_pos=task.position)
 
     def chunk(i):
-        wanted = None if computed is None else computed[i, 0]
+        mine = None if needs is None else jax.tree.map(lambda a: a[i, 0], needs)
         # a batch of one is left as it is: vmap would turn its matrix products into batched ones
-        return one(masks[i, 0], wanted)[None] if masks.shape[1] == 1 else jax.vmap(lambda m: one(m, None))(masks[i])
+        return one(masks[i, 0], mine)[None] if masks.shape[1] == 1 else jax.vmap(lambda m: one(m, None))(masks[i])
 
-    batch, d_model = task.clean.shape[0], patch.shape[-1]
-    empty = jnp.zeros((*masks.shape[:2], batch, 1, d_model), patch.dtype)
+    batch, d_model = task.clean.shape[0], model.config.d_model
+    empty = jnp.zeros((*masks.shape[:2], batch, 1, d_model), dtype)
     found = jax.lax.fori_loop(0, chunks, lambda i, out: out.at[i].set(chunk(i)), empty)
     return found.reshape(-1, batch, 1, d_model)

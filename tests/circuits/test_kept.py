@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.kept import circuit_stream, needed
+from mi_jax.circuits.kept import circuit_stream
 from mi_jax.circuits.masked import masked_forward, masked_stream
+from mi_jax.circuits.needed import needed
 from mi_jax.circuits.runs import circuit_runs
 from mi_jax.circuits.shared import has_constant_rest, shared
 from mi_jax.circuits.sources import source_outputs
@@ -27,20 +28,20 @@ def drawn(graph, share, n_pos=None, seed=0):
 
 
 @eqx.filter_jit
-def both(decoder, kept, edges, computed, patch):
+def both(decoder, kept, edges, needs, patch):
     common = shared(decoder, TASK.clean, patch)
-    stream = circuit_stream(decoder, common, kept, TASK.mask, TASK.position, computed)
+    stream = circuit_stream(decoder, common, kept, TASK.mask, TASK.position, needs)
     cut = edges - kept
     return stream, masked_stream(decoder, TASK.clean, cut, patch, TASK.mask, output_pos=TASK.position)
 
 
 def compared(decoder, circuit, *, patch=None, skip=True):
     graph = Graph.of(decoder.config)
-    computed = needed(graph, circuit[None], from_input=patch is None)[0]
+    needs = jax.tree.map(lambda a: jnp.asarray(a[0]), needed(graph, circuit[None], from_input=patch is None))
     patch = source_outputs(decoder, TASK.corrupt, TASK.mask) if patch is None else patch
     edges = np.broadcast_to(graph.edges.reshape(graph.edges.shape + (1,) * (circuit.ndim - 2)), circuit.shape)
     kept, edges = (jnp.asarray(a, jnp.float32) for a in (circuit, edges))
-    return both(decoder, kept, edges, jnp.asarray(computed) if skip else None, patch)
+    return both(decoder, kept, edges, needs if skip else None, patch)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,17 +73,17 @@ def test_token_edges_and_layers_without_mlp(made):
 def test_only_what_lies_on_a_path_is_needed():
     graph = Graph(3, 2, 2, True)
     circuit = graph.mask(["input->a0.h0<v>", "a0.h0->m1", "m1->logits", "m0->a2.h1<q>", "input->m2"])
-    whole = needed(graph, circuit[None], from_input=True)[0]
+    whole = needed(graph, circuit[None], from_input=True).parts[0]
     np.testing.assert_array_equal(whole, [[True, False], [False, True], [False, False]])
     # a key that something useful reads needs what it is made of, whether the input reaches it or not
     circuit = graph.mask(["m0->a1.h0<k>", "a1.h0->logits"])
-    np.testing.assert_array_equal(needed(graph, circuit[None], from_input=True)[0], np.zeros((3, 2), bool))
-    any_patch = needed(graph, circuit[None], from_input=False)[0]
+    np.testing.assert_array_equal(needed(graph, circuit[None], from_input=True).parts[0], np.zeros((3, 2), bool))
+    any_patch = needed(graph, circuit[None], from_input=False).parts[0]
     np.testing.assert_array_equal(any_patch, [[False, True], [True, False], [False, False]])
-    assert needed(graph, graph.edges[None], from_input=True).all()
+    assert needed(graph, graph.edges[None], from_input=True).parts.all()
     token = np.zeros((1, *graph.edges.shape, 4), bool)
     token[0, :, :, 2] = circuit
-    np.testing.assert_array_equal(needed(graph, token, from_input=False)[0], any_patch)
+    np.testing.assert_array_equal(needed(graph, token, from_input=False).parts[0], any_patch)
 
 
 def test_a_norm_after_a_bias_is_run_as_it_is():
