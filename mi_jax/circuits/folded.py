@@ -54,14 +54,19 @@ def folded(blocks: Block, *, has_mlp: bool) -> Folded:
         parts = [attn.q, attn.k, attn.v]
         if has_mlp:
             parts.append(jnp.zeros((attn.q.shape[0], 1, attn.q.shape[2]), attn.q.dtype))
+
         w = jnp.concatenate([jnp.moveaxis(part, 1, 0) for part in parts])
         total = bias = jnp.zeros((w.shape[0], w.shape[2]), w.dtype)
         if norm is None or norm.weight is None:
             return w, total, bias
         gain = (norm.weight + norm.offset).astype(w.dtype)
         if norm.bias is not None:
-            total, bias = (jnp.einsum("d,ndh->nh", v.astype(w.dtype), w) for v in (gain, norm.bias))
+            # of each part as it lies, which is not copied for it
+            both = jnp.stack([gain, norm.bias.astype(w.dtype)])
+            sums = [(both @ part.reshape(part.shape[0], -1)).reshape(2, *part.shape[1:]) for part in parts]
+            total, bias = jnp.concatenate(sums, 1)
         return w * gain[None, :, None], total, bias
 
     # by layers, each of which stays in cache between the passes over it
-    return Folded(*jax.lax.map(of_layer, (blocks.attn, blocks.attn_norm)), blocks.attn_norm)
+    w, total, bias = jax.lax.map(of_layer, (blocks.attn, blocks.attn_norm))
+    return Folded(w, total, bias, blocks.attn_norm)

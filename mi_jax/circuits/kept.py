@@ -7,17 +7,24 @@ kept edges, and what all circuits have in common (`Shared`) is computed once: th
 with the norm before them folded in, so that no reader's stream is written a second time.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mi_jax.circuits.answer import at_answer
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.kept_layers import FirstLayer, LastLayer, MiddleLayer, Run
 from mi_jax.circuits.masked import chunks
 from mi_jax.circuits.needed import Needs
 from mi_jax.circuits.shared import Shared
 from mi_jax.models.decoder import Decoder
+
+# so many layers, or more in deep models, read the same rows, those of the chunk included that are not yet written:
+# room for more is made by a copy
+_CHUNK = 5
 
 
 def circuit_stream(
@@ -50,7 +57,8 @@ def circuit_stream(
     # two rows for the ablated stream of a layer, as attention and as the MLP read it; with them a product is what the
     # readers read
     rows = jnp.concatenate([jnp.zeros((2, *rows.shape[1:]), rows.dtype), rows])
-    for chunk in chunks(max(0, last - 1)):
+    between = max(0, last - 1)
+    for chunk in chunks(between, max(_CHUNK, math.isqrt(between))):
         layers = np.asarray(chunk, np.int32) + 1
         # room for a chunk more: a layer reads all rows there are
         rows = jnp.pad(rows, ((0, len(layers) * graph.layer_sources), (0, 0), (0, 0), (0, 0)))
@@ -71,5 +79,5 @@ def circuit_stream(
     layer = LastLayer(run, last, rows, output_pos)
     written = jnp.concatenate([layer.rows_at_output[2:], *layer.sources(of_layer(last))])[:, :, 0]
     at_output = kept[:, -1:] if kept.ndim == 2 else kept[:, -1, output_pos]
-    x = jnp.take_along_axis(common.last, output_pos[:, None, None], axis=1)
+    x = at_answer(common.last, output_pos, 1)
     return x + jnp.einsum("sb,sbd->bd", jnp.broadcast_to(at_output, written.shape[:2]), written)[:, None]

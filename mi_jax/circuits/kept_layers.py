@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mi_jax.circuits.answer import AnswerLayout, at_answer
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import weighted
 from mi_jax.circuits.needed import Needs
@@ -74,7 +75,7 @@ class _CircuitLayer(abc.ABC):
         graph, x = self.graph, self.at_queries(self.run.common.last)
 
         def heads() -> tuple[Array, Array]:
-            projected, into_mlp = self.attention(None if needed is None else needed.readers)
+            projected, into_mlp = self.attention(None if needed is None else jnp.asarray(needed.readers))
             out = self._written(projected, into_mlp)[0]
             if graph.has_mlp and not graph.parallel:
                 own = jax.lax.dynamic_slice_in_dim(self.edges[:, -1:], self.first_source, graph.n_heads)
@@ -176,8 +177,9 @@ class MiddleLayer(_CircuitLayer):
         if self.graph.has_mlp:
             readers = jnp.append(readers, self.graph.layer_readers - 1)
         weights = self.with_bases(self._edges[:, readers], into_mlp=slice(-1, None))
-        # a layout of its own for the product, which is slow merged into what reads it
-        reads = jax.lax.optimization_barrier(self.weighted(weights, self.rows))
+        # readers first, which XLA has a faster product for where they are few
+        by_reader = jax.lax.optimization_barrier(jnp.moveaxis(weights, 0, 1))
+        reads = _apart(self.weighted(jnp.moveaxis(by_reader, 1, 0), self.rows))
         # all at once, the MLP's included, of which nothing comes: a part of the streams would be copied first
         out = self.run.common.projections.project(reads, self.number, readers)
         return out[: len(out) - self.graph.has_mlp], reads[-1]
@@ -196,11 +198,11 @@ class LastLayer(MiddleLayer):
     def __init__(self, run: Run, number: int, rows: Array, output_pos: Int[Array, " batch"]):
         super().__init__(run, number, rows)
         self._at = output_pos
-        self.rows_at_output = jnp.take_along_axis(self.rows, output_pos[None, :, None, None], axis=2)
+        self.rows_at_output = at_answer(self.rows, output_pos, 2)
 
     @property
     def layout(self) -> Layout:
-        return _AskedAt(self.run.mask, self._at)
+        return AnswerLayout(self.run.mask, self._at)
 
     def weighted(self, weights: Array, rows: Array) -> Array:
         if weights.ndim == 2:
@@ -211,7 +213,7 @@ class LastLayer(MiddleLayer):
         h, n, project = self.graph.n_heads, len(self.run.common.first), self.run.common.projections.project
         weights = self.with_bases(self._edges, into_mlp=slice(n, None))
         asked = self.weighted(weights, self.rows_at_output)
-        seen = jax.lax.optimization_barrier(weighted(weights[:, h:n], self.rows))
+        seen = _apart(weighted(weights[:, h:n], self.rows))
         q, kv = project(asked[:h], self.number, slice(0, h)), project(seen, self.number, slice(h, n))
         return [q, *jnp.split(kv, 2)], asked[-1]
 
@@ -219,21 +221,10 @@ class LastLayer(MiddleLayer):
         return self.weighted(self.with_bases(self._edges[:, -1:], into_mlp=slice(None)), self.rows_at_output)[0]
 
 
-class _AskedAt(Prompts):
-    """The layout of prompts of which one position asks."""
-
-    at: Int[Array, " batch"]
-
-    @property
-    def asking_positions(self) -> Int[Array, "batch 1"]:
-        return self.at[:, None]
-
-    @property
-    def queries(self) -> Int[Array, "batch 1"]:
-        return self.at[:, None]
-
-    def asking(self, x: Array) -> Array:
-        return jnp.take_along_axis(x, self.at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
+def _apart(reads: Float[Array, "reader batch pos d_model"]) -> Float[Array, "reader batch pos d_model"]:
+    """The same, computed before anything that reads it, with which the product would be slow."""
+    # as the product gives it: other shapes would be copies of it
+    return jax.lax.optimization_barrier(reads.reshape(len(reads), -1)).reshape(reads.shape)
 
 
 class _CircuitTap(SourceTap):
@@ -268,5 +259,6 @@ class _CircuitTap(SourceTap):
 
     def write(self, z: Array) -> None:
         ablated, start = self._layer.run.common.ablated, sum(len(part) for part in self.written)
+        assert not isinstance(ablated, Written)
         values = jax.lax.dynamic_slice_in_dim(ablated, self._layer.first_source + start, len(z))
         self.written.append(z - jax.vmap(self._layer.at_queries)(values))

@@ -22,14 +22,25 @@ class Needs(NamedTuple):
     readers: Bool[np.ndarray, "*circuit reader"] | Bool[Array, "*circuit reader"]
 
 
-def needed(graph: Graph, circuits: Bool[np.ndarray, "circuit source reader *pos"], *, from_input: bool) -> Needs:
+def needed(
+    graph: Graph,
+    circuits: Bool[np.ndarray, "circuit source reader *pos"],
+    *,
+    from_input: bool,
+    dependent: bool = False,
+) -> Needs:
     """What is needed of every layer in the run of every circuit.
 
     Args:
       from_input: the patch is itself a run of the model, so that a source that no path from the input reaches writes
         what the patch has, and need not be computed either.
+      dependent: what a head writes depends on what all heads of its layer read (`depend_on_each_other`).
     """
     fed = feeds(graph)
+    if dependent:
+        by_layer = fed[:, 1:].reshape(graph.n_readers, graph.n_layers, graph.layer_sources).copy()
+        by_layer[:, :, : graph.n_heads] = by_layer[:, :, : graph.n_heads].any(2, keepdims=True)
+        fed = np.concatenate([fed[:, :1], by_layer.reshape(graph.n_readers, -1)], axis=1)
     edges = circuits if circuits.ndim == 3 else np.any(circuits, axis=3)
     useful = np.zeros((len(edges), graph.n_readers), bool)
     useful[:, -1] = True
@@ -45,6 +56,6 @@ def needed(graph: Graph, circuits: Bool[np.ndarray, "circuit source reader *pos"
         alive &= reached
     layers = alive[:, 1:].reshape(len(edges), graph.n_layers, graph.layer_sources)
     parts = np.stack([layers[:, :, : graph.n_heads].any(2), layers[:, :, graph.n_heads :].any(2)], axis=2)
-    changed = (edges & alive[:, :, None]).any(1) & (fed[None] & alive[:, None, :]).any(2)
+    changed = np.any(edges & alive[:, :, None], axis=1) & np.any(fed[None] & alive[:, None, :], axis=2)
     readers = changed[:, :-1].reshape(len(edges), graph.n_layers, graph.layer_readers)
     return Needs(parts, readers[:, :, : graph.layer_readers - graph.has_mlp])

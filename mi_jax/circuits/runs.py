@@ -8,7 +8,6 @@ are resampled without running anything again.
 import dataclasses
 from collections.abc import Sequence
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,20 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.kept import circuit_stream
-from mi_jax.circuits.masked import head_logits, masked_stream
-from mi_jax.circuits.measures import kl_divergence
-from mi_jax.circuits.needed import Needs, needed
-from mi_jax.circuits.shared import Shared, has_constant_rest, shared, shared_with_run, splits_by_run
+from mi_jax.circuits.needed import needed
+from mi_jax.circuits.runs_program import run_circuits
+from mi_jax.circuits.search.layers import depend_on_each_other
+from mi_jax.circuits.shared import has_constant_rest, splits_by_run
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
 # Room for this many circuits at the least, so that calls with fewer share one compiled program.
 _ROOM = 64
-# prompts, of however many circuits, whose logits are computed in one product; fewer read the unembedding more often,
-# more are empty rows where circuits are few
-ROWS_TOGETHER = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +102,13 @@ def circuit_runs(
     room = max(-(-_ROOM // batch_size), 1 << (chunks - 1).bit_length())
     kinds = [m[chosen] for m in (masks, others) if m is not None]
     # circuits that run side by side are computed whole
-    needs = [needed(graph, m, from_input=resampled) for m in kinds] if batch_size == 1 else []
+    dependent = depend_on_each_other(model.config)
+    each = kinds if batch_size == 1 else []
+    needs = [needed(graph, m, from_input=resampled, dependent=dependent) for m in each]
+    # in bits, of which there are fewer to clear and to move
+    kinds = [np.packbits(m, axis=1) for m in kinds]
     stacked = jax.tree.map(lambda m: _chunked(m, room, batch_size), (tuple(kinds), tuple(needs)))
-    out = _run(model, task, patch, jnp.asarray(chunks, jnp.int32), *stacked)
+    out = run_circuits(model, task, patch, jnp.asarray(chunks, jnp.int32), *stacked)
     runs = CircuitRuns(*(np.asarray(x)[:n] for x in out))
     return _with_model(runs, known)[back]
 
@@ -157,99 +156,6 @@ def _stacked(graph: Graph, circuits: Sequence[np.ndarray] | np.ndarray, task: Ta
 
 
 def _chunked(masks: np.ndarray, room: int, batch_size: int) -> Array:
-    padded = np.zeros((room * batch_size, *masks.shape[1:]), bool)
+    padded = np.zeros((room * batch_size, *masks.shape[1:]), masks.dtype)
     padded[: len(masks)] = masks
     return jnp.asarray(padded.reshape(room, batch_size, *masks.shape[1:]))
-
-
-@eqx.filter_jit
-def _run(
-    model: Decoder,
-    task: Task,
-    patch: Array | None,
-    chunks: Int[Array, ""],
-    masks: tuple[Array, ...],
-    needs: tuple[Needs, ...],
-) -> tuple[Array, ...]:
-    """Numbers of the first `chunks` chunks, and anything after them.
-
-    Args:
-      patch: what ablated sources write; None for what they write in the corrupt prompts (`splits_by_run`).
-      masks: circuits in chunks, and the circuits that they are compared with, if not with the whole model.
-      needs: of each, or empty: then all is computed.
-    """
-    common = last = None
-    if patch is None:
-        common, last = shared_with_run(model, task.clean, task.corrupt, task.mask)
-    elif has_constant_rest(model):
-        common = shared(model, task.clean, patch)
-    streams = [
-        _streams(model, task, common, patch, chunks, *each)
-        for each in zip(masks, needs or (None,) * len(masks), strict=True)
-    ]
-    whole = None
-    if len(masks) == 1:
-        if last is None:
-            whole = model(task.clean, task.mask, output_pos=task.position)
-        else:
-            whole = head_logits(model, jnp.take_along_axis(last, task.position[:, None, None], axis=1))
-
-    def logits_of(x):
-        rows = head_logits(model, x.reshape(-1, 1, x.shape[-1]))
-        return rows.reshape(*x.shape[:3], -1)
-
-    def numbers(logits, reference):
-        tops = [jnp.argmax(x[:, 0], -1).astype(jnp.int32) for x in (logits, reference)]
-        return task.metric(logits), kl_divergence(logits, reference), tops[0], task.metric(reference), tops[1]
-
-    # the unembedding is large and a circuit has few rows for it: several circuits share one product
-    together = max(1, ROWS_TOGETHER // task.clean.shape[0])
-    n_circuits = -(-len(streams[0]) // together) * together
-    streams = [jnp.pad(x, ((0, n_circuits - len(x)), (0, 0), (0, 0), (0, 0))) for x in streams]
-
-    def some(i):
-        logits = [logits_of(jax.lax.dynamic_slice_in_dim(x, i * together, together)) for x in streams]
-        if whole is not None:
-            return jax.vmap(lambda x: numbers(x, whole))(logits[0])
-        return jax.vmap(numbers)(*logits)
-
-    def body(i, out):
-        return jax.tree.map(
-            lambda full, new: jax.lax.dynamic_update_slice_in_dim(full, new, i * together, 0), out, some(i)
-        )
-
-    shapes = jax.eval_shape(some, jnp.zeros((), jnp.int32))
-    empty = jax.tree.map(lambda s: jnp.zeros((n_circuits, *s.shape[1:]), s.dtype), shapes)
-    done = (chunks * masks[0].shape[1] + together - 1) // together
-    return jax.lax.fori_loop(0, done, body, empty)
-
-
-def _streams(
-    model: Decoder,
-    task: Task,
-    common: Shared | None,
-    patch: Array | None,
-    chunks: Array,
-    masks: Array,
-    needs: Needs | None,
-) -> Float[Array, "circuit batch 1 d_model"]:
-    """What the logits of every circuit are read from."""
-    edges = jnp.asarray(Graph.of(model.config).edges)
-    edges, dtype = edges if masks.ndim == 4 else edges[:, :, None], model.unembedding.dtype
-
-    def one(mask, needs):
-        if common is not None:
-            kept = (edges & mask).astype(dtype)
-            return circuit_stream(model, common, kept, task.mask, task.position, needs)
-        cut = (edges & ~mask).astype(dtype)
-        return masked_stream(model, task.clean, cut, patch, task.mask, output_pos=task.position)
-
-    def chunk(i):
-        mine = None if needs is None else jax.tree.map(lambda a: a[i, 0], needs)
-        # a batch of one is left as it is: vmap would turn its matrix products into batched ones
-        return one(masks[i, 0], mine)[None] if masks.shape[1] == 1 else jax.vmap(lambda m: one(m, None))(masks[i])
-
-    batch, d_model = task.clean.shape[0], model.config.d_model
-    empty = jnp.zeros((*masks.shape[:2], batch, 1, d_model), dtype)
-    found = jax.lax.fori_loop(0, chunks, lambda i, out: out.at[i].set(chunk(i)), empty)
-    return found.reshape(-1, batch, 1, d_model)

@@ -60,7 +60,7 @@ def has_constant_rest(model: Decoder) -> bool:
 def splits_by_run(model: Decoder) -> bool:
     """Whether the run of the ablated prompts is enough to ablate with (`shared_with_run`).
 
-    Not where a norm follows the heads, which share its scale, nor where experts do.
+    Not where a norm follows the heads, nor with experts.
     """
     return _weight(model.blocks.attn_post_norm) is None and not Graph.of(model.config).n_experts
 

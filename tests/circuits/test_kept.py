@@ -1,5 +1,8 @@
 """Runs of circuits against the masked forward, in every structure of models; and what they need not compute."""
 
+import dataclasses
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,14 +10,15 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.kept import circuit_stream
+from mi_jax.circuits.kept import _CHUNK, circuit_stream
 from mi_jax.circuits.masked import masked_forward, masked_stream
 from mi_jax.circuits.needed import needed
 from mi_jax.circuits.runs import circuit_runs
-from mi_jax.circuits.shared import has_constant_rest, shared
+from mi_jax.circuits.search.layers import depend_on_each_other
+from mi_jax.circuits.shared import has_constant_rest, shared, shared_with_run, splits_by_run
 from mi_jax.circuits.sources import source_outputs
-from tests.circuits.tiny_task import model, task
-from tests.models.tiny_families import FAMILIES, family
+from tests.circuits.tiny_task import ATTENTION_ONLY, CONFIG, task
+from tests.models.tiny_families import FAMILIES, family, noisy
 
 TOLERANCE = 2e-5
 TASK = task()
@@ -27,47 +31,69 @@ def drawn(graph, share, n_pos=None, seed=0):
     return edges & (np.random.default_rng(seed).random(shape) < share)
 
 
+@functools.cache
+def deep(name, n_layers):
+    """A family's structure in so many layers: two have none between the first and the last."""
+    config = FAMILIES[name]
+    return noisy(dataclasses.replace(config, n_layers=n_layers, windows=(config.windows * n_layers)[:n_layers]))
+
+
 @eqx.filter_jit
-def both(decoder, kept, edges, needs, patch):
+def both(decoder, kept, edges, needs, patch, with_run):
+    """The stream of a circuit, with what ablated sources write given or run, and that of the masked forward."""
     common = shared(decoder, TASK.clean, patch)
+    if with_run:
+        common, _ = shared_with_run(decoder, TASK.clean, TASK.corrupt, TASK.mask)
     stream = circuit_stream(decoder, common, kept, TASK.mask, TASK.position, needs)
     cut = edges - kept
     return stream, masked_stream(decoder, TASK.clean, cut, patch, TASK.mask, output_pos=TASK.position)
 
 
-def compared(decoder, circuit, *, patch=None, skip=True):
+def compared(decoder, circuit, *, patch=None, skip=True, with_run=False):
     graph = Graph.of(decoder.config)
-    needs = jax.tree.map(lambda a: jnp.asarray(a[0]), needed(graph, circuit[None], from_input=patch is None))
+    dependent = depend_on_each_other(decoder.config)
+    needs = needed(graph, circuit[None], from_input=patch is None, dependent=dependent)
+    needs = jax.tree.map(lambda a: jnp.asarray(a[0]), needs)
     patch = source_outputs(decoder, TASK.corrupt, TASK.mask) if patch is None else patch
     edges = np.broadcast_to(graph.edges.reshape(graph.edges.shape + (1,) * (circuit.ndim - 2)), circuit.shape)
     kept, edges = (jnp.asarray(a, jnp.float32) for a in (circuit, edges))
-    return both(decoder, kept, edges, needs if skip else None, patch)
+    stream, expected = both(decoder, kept, edges, needs if skip else None, patch, with_run)
+    np.testing.assert_allclose(stream, expected, atol=TOLERANCE * float(jnp.abs(expected).max()))
+    return np.asarray(stream)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_masked_forward(name):
-    decoder = family(name)
-    graph = Graph.of(FAMILIES[name])
+    decoder = deep(name, 3)
+    graph = Graph.of(decoder.config)
     assert has_constant_rest(decoder)
-    found = []
-    for share in (0.0, 0.15, 0.6, 1.0):
-        stream, expected = compared(decoder, drawn(graph, share))
-        np.testing.assert_allclose(stream, expected, atol=TOLERANCE * float(jnp.abs(expected).max()))
-        found.append(np.asarray(stream))
+    by_run = splits_by_run(decoder)
+    assert by_run == (name not in ("gemma", "olmo2", "mixture"))
+    found = [compared(decoder, drawn(graph, share), with_run=by_run) for share in (0.0, 0.03, 0.15, 0.6, 1.0)]
     # a patch that is no run of the model
-    patch = 0.3 * jax.random.normal(jax.random.key(0), (graph.n_sources, *TASK.clean.shape, FAMILIES[name].d_model))
-    stream, expected = compared(decoder, drawn(graph, 0.3), patch=patch)
-    np.testing.assert_allclose(stream, expected, atol=TOLERANCE * float(jnp.abs(expected).max()))
+    patch = 0.3 * jax.random.normal(jax.random.key(0), (graph.n_sources, *TASK.clean.shape, decoder.config.d_model))
+    for share in (0.03, 0.3):
+        compared(decoder, drawn(graph, share), patch=patch)
     assert np.abs(found[0] - found[-1]).max() > 0.05
 
 
-@pytest.mark.parametrize("made", [model(), model(attention_only=True)], ids=["mlp", "attention-only"])
-def test_token_edges_and_layers_without_mlp(made):
-    graph = Graph.of(made.config)
-    for circuit in (drawn(graph, 0.5, TASK.clean.shape[1]), drawn(graph, 0.5)):
+@pytest.mark.parametrize("n_layers", [1, 2, 8])
+def test_however_many_layers_there_are(n_layers):
+    """One layer is the first and the last; eight have more between them than one loop goes through."""
+    decoder = deep("gpt2", n_layers)
+    assert n_layers < 8 or n_layers - 2 > _CHUNK
+    for share in (0.02, 0.2, 1.0):
+        compared(decoder, drawn(Graph.of(decoder.config), share, seed=n_layers), with_run=True)
+
+
+@pytest.mark.parametrize("attention_only", [False, True], ids=["mlp", "attention-only"])
+def test_token_edges_and_layers_without_mlp(attention_only):
+    config = dataclasses.replace(ATTENTION_ONLY if attention_only else CONFIG, n_layers=3)
+    decoder = noisy(config)
+    graph = Graph.of(config)
+    for circuit in (drawn(graph, 0.2, TASK.clean.shape[1]), drawn(graph, 0.2)):
         for skip in (True, False):
-            stream, expected = compared(made, circuit, skip=skip)
-            np.testing.assert_allclose(stream, expected, atol=TOLERANCE)
+            compared(decoder, circuit, skip=skip, with_run=skip)
 
 
 def test_only_what_lies_on_a_path_is_needed():
@@ -81,6 +107,11 @@ def test_only_what_lies_on_a_path_is_needed():
     any_patch = needed(graph, circuit[None], from_input=False).parts[0]
     np.testing.assert_array_equal(any_patch, [[False, True], [True, False], [False, False]])
     assert needed(graph, graph.edges[None], from_input=True).parts.all()
+    # of attention's readers, those that computed sources write to and that something needed is made of
+    joined = graph.mask(["input->a0.h0<v>", "a0.h0->a1.h1<q>", "a0.h1->a1.h1<k>", "a1.h1->logits", "input->a2.h0<q>"])
+    readers = needed(graph, joined[None], from_input=True).readers[0]
+    assert [graph.readers[7 * layer + r] for layer, r in np.argwhere(readers)] == ["a0.h0<v>", "a1.h1<q>"]
+    assert needed(graph, graph.edges[None], from_input=False).readers.all()
     token = np.zeros((1, *graph.edges.shape, 4), bool)
     token[0, :, :, 2] = circuit
     np.testing.assert_array_equal(needed(graph, token, from_input=False).parts[0], any_patch)

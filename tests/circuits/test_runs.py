@@ -7,7 +7,8 @@ import scipy.special
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import masked_forward
-from mi_jax.circuits.runs import _run, circuit_runs
+from mi_jax.circuits.runs import circuit_runs
+from mi_jax.circuits.runs_program import run_circuits
 from mi_jax.circuits.sources import source_outputs
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import model
@@ -53,10 +54,10 @@ def test_references_are_circuits_too(logits):
 
 def test_chunks_change_nothing_and_counts_compile_nothing():
     one = circuit_runs(model(), TASK, CIRCUITS)
-    compiled = _run._cached._cache_size()
+    compiled = run_circuits._cached._cache_size()
     others = GRAPH.edges[None] & (np.random.default_rng(1).random((15, *GRAPH.edges.shape)) < 0.6)
     many = circuit_runs(model(), TASK, np.concatenate([CIRCUITS, others]))
-    assert _run._cached._cache_size() == compiled
+    assert run_circuits._cached._cache_size() == compiled
     np.testing.assert_allclose(many.metric[:5], one.metric, atol=TOLERANCE)
     chunked = circuit_runs(model(), TASK, CIRCUITS, batch_size=2)
     np.testing.assert_allclose(chunked.metric, one.metric, atol=TOLERANCE)

@@ -1,0 +1,116 @@
+"""The program behind `circuit_runs`: the streams of all circuits, one after the other, and their logits together."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mi_jax.circuits.answer import at_answer
+from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.kept import circuit_stream
+from mi_jax.circuits.masked import head_logits, masked_stream
+from mi_jax.circuits.measures import kl_divergence, prediction
+from mi_jax.circuits.needed import Needs
+from mi_jax.circuits.shared import Shared, has_constant_rest, shared, shared_with_run
+from mi_jax.data.task import Task
+from mi_jax.models.decoder import Decoder
+
+# prompts, of however many circuits, whose logits are computed in one product; fewer read the unembedding more often,
+# more are empty rows where circuits are few
+_ROWS_TOGETHER = 80
+
+
+@eqx.filter_jit
+def run_circuits(
+    model: Decoder,
+    task: Task,
+    patch: Array | None,
+    chunks: Int[Array, ""],
+    masks: tuple[Array, ...],
+    needs: tuple[Needs, ...],
+) -> tuple[Array, ...]:
+    """Numbers of the first `chunks` chunks, and anything after them.
+
+    Args:
+      patch: what ablated sources write; None for what they write in the corrupt prompts (`splits_by_run`).
+      masks: circuits in chunks, their sources in bits, and the circuits that they are compared with, if not with the
+        whole model.
+      needs: of each, or empty: then all is computed.
+    """
+    common = last = None
+    if patch is None:
+        common, last = shared_with_run(model, task.clean, task.corrupt, task.mask)
+    elif has_constant_rest(model):
+        common = shared(model, task.clean, patch)
+    streams = [
+        _streams(model, task, common, patch, chunks, *each)
+        for each in zip(masks, needs or (None,) * len(masks), strict=True)
+    ]
+    whole = None
+    if len(masks) == 1:
+        if last is None:
+            whole = model(task.clean, task.mask, output_pos=task.position)
+        else:
+            whole = head_logits(model, at_answer(last, task.position, 1))
+
+    def logits_of(x):
+        rows = head_logits(model, x.reshape(-1, 1, x.shape[-1]))
+        return rows.reshape(*x.shape[:3], -1)
+
+    def numbers(logits, reference):
+        divergence = kl_divergence(logits, reference)
+        return task.metric(logits), divergence, prediction(logits), task.metric(reference), prediction(reference)
+
+    # the unembedding is large and a circuit has few rows for it: several circuits share one product
+    together = max(1, _ROWS_TOGETHER // task.clean.shape[0])
+    n_circuits = -(-len(streams[0]) // together) * together
+    streams = [jnp.pad(x, ((0, n_circuits - len(x)), (0, 0), (0, 0), (0, 0))) for x in streams]
+
+    def some(i):
+        logits = [logits_of(jax.lax.dynamic_slice_in_dim(x, i * together, together)) for x in streams]
+        if whole is not None:
+            return jax.vmap(lambda x: numbers(x, whole))(logits[0])
+        return jax.vmap(numbers)(*logits)
+
+    def body(i, out):
+        return jax.tree.map(
+            lambda full, new: jax.lax.dynamic_update_slice_in_dim(full, new, i * together, 0), out, some(i)
+        )
+
+    shapes = jax.eval_shape(some, jnp.zeros((), jnp.int32))
+    empty = jax.tree.map(lambda s: jnp.zeros((n_circuits, *s.shape[1:]), s.dtype), shapes)
+    done = (chunks * masks[0].shape[1] + together - 1) // together
+    return jax.lax.fori_loop(0, done, body, empty)
+
+
+def _streams(
+    model: Decoder,
+    task: Task,
+    common: Shared | None,
+    patch: Array | None,
+    chunks: Array,
+    masks: Array,
+    needs: Needs | None,
+) -> Float[Array, "circuit batch 1 d_model"]:
+    """What the logits of every circuit are read from."""
+    edges = jnp.asarray(Graph.of(model.config).edges)
+    edges, dtype = edges if masks.ndim == 4 else edges[:, :, None], model.unembedding.dtype
+
+    def one(packed, needs):
+        mask = jnp.unpackbits(packed, axis=0, count=len(edges)).astype(bool)
+        if common is not None:
+            kept = (edges & mask).astype(dtype)
+            return circuit_stream(model, common, kept, task.mask, task.position, needs)
+        assert patch is not None
+        cut = (edges & ~mask).astype(dtype)
+        return masked_stream(model, task.clean, cut, patch, task.mask, output_pos=task.position)
+
+    def chunk(i):
+        mine = None if needs is None else jax.tree.map(lambda a: a[i, 0], needs)
+        # a batch of one is left as it is: vmap would turn its matrix products into batched ones
+        return one(masks[i, 0], mine)[None] if masks.shape[1] == 1 else jax.vmap(lambda m: one(m, None))(masks[i])
+
+    batch, d_model = task.clean.shape[0], model.config.d_model
+    empty = jnp.zeros((*masks.shape[:2], batch, 1, d_model), dtype)
+    found = jax.lax.fori_loop(0, chunks, lambda i, out: out.at[i].set(chunk(i)), empty)
+    return found.reshape(-1, batch, 1, d_model)
