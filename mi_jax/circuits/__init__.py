@@ -36,6 +36,10 @@ from mi_jax.circuits.masked import masked_forward as masked_forward
 from mi_jax.circuits.measures import kl_divergence as kl_divergence
 from mi_jax.circuits.metrics import CircuitReport as CircuitReport
 from mi_jax.circuits.metrics import evaluate_circuit as evaluate_circuit
+from mi_jax.circuits.neuron_runs import neuron_curve as neuron_curve
+from mi_jax.circuits.neuron_runs import neuron_faithfulness as neuron_faithfulness
+from mi_jax.circuits.neurons import neuron_scores as neuron_scores
+from mi_jax.circuits.neurons import top_neurons as top_neurons
 from mi_jax.circuits.nodes import node_scores as node_scores
 from mi_jax.circuits.scores import METHODS as METHODS
 from mi_jax.circuits.scores import edge_scores as edge_scores

@@ -52,6 +52,22 @@ def run_circuits(
             whole = model(task.clean, task.mask, output_pos=task.position)
         else:
             whole = head_logits(model, at_answer(last, task.position, 1))
+    return compared(model, task, streams, whole, chunks * masks[0].shape[1])
+
+
+def compared(
+    model: Decoder,
+    task: Task,
+    streams: list[Float[Array, "circuit batch 1 d_model"]],
+    whole: Float[Array, "batch 1 d_vocab"] | None,
+    n: Int[Array, ""],
+) -> tuple[Array, ...]:
+    """What `CircuitRuns` holds of the first n runs, and anything after them.
+
+    Args:
+      streams: what the logits of every run are read from, and of the runs that they are compared with.
+      whole: logits that all are compared with, where there is one set of streams.
+    """
 
     def logits_of(x):
         rows = head_logits(model, x.reshape(-1, 1, x.shape[-1]))
@@ -79,8 +95,7 @@ def run_circuits(
 
     shapes = jax.eval_shape(some, jnp.zeros((), jnp.int32))
     empty = jax.tree.map(lambda s: jnp.zeros((n_circuits, *s.shape[1:]), s.dtype), shapes)
-    done = (chunks * masks[0].shape[1] + together - 1) // together
-    return jax.lax.fori_loop(0, done, body, empty)
+    return jax.lax.fori_loop(0, (n + together - 1) // together, body, empty)
 
 
 def _streams(

@@ -1,4 +1,4 @@
-"""Scores of nodes and neurons against masked runs, hooked runs and the completeness of the integral."""
+"""Scores of nodes against masked runs, hooked runs and the completeness of the integral."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 import mi_jax as mi
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import masked_forward, source_outputs
-from mi_jax.circuits.nodes import Neurons, neuron_scores, node_circuit, node_scores, top_neurons, top_nodes
+from mi_jax.circuits.nodes import node_circuit, node_scores, top_nodes
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import CONFIG, model, task
 
@@ -64,30 +64,8 @@ def test_the_best_nodes_are_chosen_by_size_or_by_support():
     assert np.flatnonzero(top_nodes(GRAPH, scores, 2, absolute=False)).tolist() == [0, 2, 3]
 
 
-def test_neurons_of_a_head_add_up_to_its_first_order_score():
-    scores = neuron_scores(model(), task())
-    nodes = node_scores(model(), task(), method="nap")
-    assert scores.mlp is not None
-    by_source = np.concatenate([scores.heads.sum(-1), scores.mlp.sum(-1)[:, None]], 1).ravel()
-    np.testing.assert_allclose(by_source, nodes[1:], atol=1e-5)
-
-
-def test_edges_of_a_neuron_circuit_count_by_the_share_of_neurons():
-    scores = neuron_scores(model(), task())
-    everything = top_neurons(scores, len(scores.flat))
-    assert everything.weighted_edge_count(GRAPH) == GRAPH.n_edges
-    heads, mlp = np.zeros(scores.heads.shape, bool), np.zeros((2, 6), bool)
-    mlp[0, :3] = True
-    half = Neurons(heads, mlp)
-    # input->m0 and input->logits whole, m0->logits half
-    assert half.weighted_edge_count(GRAPH) == pytest.approx(2.5)
-    assert top_neurons(scores, 5).flat.sum() == 5
-
-
 def test_what_does_not_fit_is_named():
     with pytest.raises(InputError, match="at least 1, got 0"):
         node_scores(model(), task(), steps=0)
     with pytest.raises(InputError, match="7 sources"):
         node_circuit(GRAPH, np.ones(3, bool))
-    with pytest.raises(InputError, match="neurons; n is"):
-        top_neurons(Neurons(np.zeros((1, 1, 2)), None), 3)
