@@ -32,10 +32,11 @@ def exact_edges(
     task: Task,
     *,
     ablation: str | Float[Array, "source batch pos d_model"] = "resample",
-    base: Bool[np.ndarray, "source reader"] | None = None,
-    among: Bool[np.ndarray, "source reader"] | None = None,
+    base: Bool[np.ndarray, "source reader *pos"] | None = None,
+    among: Bool[np.ndarray, "source reader *pos"] | None = None,
+    positions: bool = False,
     batch_size: int = 32,
-) -> Float[np.ndarray, "source reader"]:
+) -> Float[np.ndarray, "source reader *pos"]:
     """Of every edge what the mean metric loses when that edge alone is corrupted, `m(base) − m(base without it)`.
 
     Args:
@@ -43,22 +44,29 @@ def exact_edges(
       base: the circuit that edges are taken from; None is the whole graph. An edge outside it is added instead, and its
         score is `m(base with it) − m(base)`: positive where the edge supports the metric, in either case.
       among: edges to score; the others get 0. None scores all.
+      positions: an edge is corrupted at one position of its reader at a time; scores, `base` and `among` then have a
+        third axis. After the position of the last answer all scores are 0, and nothing is run for them.
       batch_size: edges at once; bounds the memory.
 
     Raises:
       InputError: a base of another shape, or an unknown ablation.
     """
-    graph = Graph.of(model.config)
+    graph, n_pos = Graph.of(model.config), task.clean.shape[1]
+    edges, axes = graph.edges, "[source reader]"
+    if positions:
+        edges, axes = np.repeat(graph.edges[:, :, None], n_pos, 2), "[source reader pos]"
     for name, mask in (("base", base), ("among", among)):
-        if mask is not None and mask.shape != graph.edges.shape:
-            raise InputError(f"{name} has shape {graph.edges.shape} [source reader], got {mask.shape}")
+        if mask is not None and mask.shape != edges.shape:
+            raise InputError(f"{name} has shape {edges.shape} {axes}, got {mask.shape}")
     patch = ablation_values(model, task, ablation)
     # a norm over all heads together makes every head depend on the one that changes
-    if base is None and among is None and model.config.qk_norm != "whole":
+    if base is None and among is None and not positions and model.config.qk_norm != "whole":
         return np.asarray(_single_edges(model, task, patch, batch_size))
-    base = graph.edges if base is None else base & graph.edges
-    among = graph.edges if among is None else among & graph.edges
-    return exact_from_base(model, task, patch, base, among, batch_size)
+    base = edges if base is None else base & edges
+    scored = edges if among is None else among & edges
+    if positions:
+        scored = scored & (np.arange(n_pos) <= np.asarray(task.position).max())[None, None]
+    return exact_from_base(model, task, patch, base, scored, batch_size)
 
 
 class _Fixed:

@@ -1,5 +1,7 @@
 """Exact edge scores against one masked run for every edge, and by hand."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,10 @@ def _metrics(decoder, corrupted, patch):
 def one_by_one(decoder, base, ablation="resample"):
     """`m(base with the edge) − m(base without it)`, from a masked run for each."""
     edges = Graph.of(decoder.config).edges
+    edges = np.broadcast_to(edges.reshape(edges.shape + (1,) * (base.ndim - 2)), base.shape)
     places = np.argwhere(edges)
     kept = np.repeat(base[None], 1 + len(places), 0)
-    kept[np.arange(1, len(kept)), places[:, 0], places[:, 1]] ^= True
+    kept[np.arange(1, len(kept)), *places.T] ^= True
     patch = ablation_values(decoder, TASK, ablation)
     metric = np.asarray(_metrics(decoder, jnp.asarray(edges & ~kept, jnp.float32), patch))
     scores = np.zeros(edges.shape, np.float32)
@@ -63,6 +66,32 @@ def test_a_base_takes_edges_away_and_adds_them():
     np.testing.assert_allclose(some, np.where(few, expected, 0), atol=TOLERANCE)
 
 
+def test_edges_at_one_position_each():
+    decoder = model()
+    edges, n_pos = Graph.of(decoder.config).edges, TASK.clean.shape[1]
+    everywhere = np.repeat(edges[:, :, None], n_pos, 2)
+    expected = one_by_one(decoder, everywhere)
+    found = exact_edges(decoder, TASK, positions=True, batch_size=7)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert np.abs(expected).max() > 1e-2
+    # the prompts differ at one position, from which on alone the edges of the input can matter
+    assert not found[0, :, 0].any()
+    assert found[0, :, 1].any()
+    base = everywhere & (np.random.default_rng(0).random(everywhere.shape) < 0.5)
+    among = everywhere & (np.random.default_rng(1).random(everywhere.shape) < 0.2)
+    some = exact_edges(decoder, TASK, base=base, among=among, positions=True, batch_size=7)
+    np.testing.assert_allclose(some, np.where(among, one_by_one(decoder, base), 0), atol=TOLERANCE)
+
+
+def test_nothing_after_the_answer_is_run():
+    early = dataclasses.replace(TASK, position=jnp.array([1, 1], jnp.int32))
+    found = exact_edges(model(), early, positions=True, batch_size=7)
+    assert found[:, :, :2].any()
+    assert not found[:, :, 2:].any()
+
+
 def test_a_base_of_another_model_is_named():
     with pytest.raises(InputError, match=r"base has shape \(7, 11\) \[source reader\], got \(7, 12\)"):
         exact_edges(model(), TASK, base=np.zeros((7, 12), bool))
+    with pytest.raises(InputError, match=r"among has shape \(7, 11, 4\) \[source reader pos\], got \(7, 11\)"):
+        exact_edges(model(), TASK, among=np.zeros((7, 11), bool), positions=True)

@@ -69,6 +69,8 @@ def test_eap_is_the_finite_difference():
 def test_exact_scores_have_the_sign_of_the_others():
     exact = edge_scores(model(), TASK, method="exact")
     np.testing.assert_array_equal(exact, exact_edges(model(), TASK))
+    token_edges = edge_scores(model(), TASK, method="exact", positions=True)
+    np.testing.assert_array_equal(token_edges, exact_edges(model(), TASK, positions=True, batch_size=16))
     one = jnp.zeros(GRAPH.edges.shape).at[GRAPH.index("input->a0.h0<v>")].set(1.0)
     rise = loss(model(), one) - loss(model(), jnp.zeros_like(one))
     np.testing.assert_allclose(exact[GRAPH.index("input->a0.h0<v>")], rise, atol=1e-5)
@@ -161,7 +163,6 @@ def test_shares_of_information_flow_add_up_to_one():
         ({"method": "acdc"}, "no method 'acdc' for edge scores; there are eap, eap-ig,"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"method": "exact", "positions": True}, "'exact' scores whole edges"),
         ({"ablation": "median"}, "ablation is one of"),
     ],
 )

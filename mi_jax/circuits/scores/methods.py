@@ -115,10 +115,8 @@ def edge_scores(
             raise InputError(f"{name} must be at least 1, got {value}")
     score = METHODS[method].score
     if score is None:
-        if positions:
-            raise InputError("method 'exact' scores whole edges; leave positions out")
         values = ablation if reference is None else ablation_values(model, task, ablation, reference)
-        return exact_edges(model, task, ablation=values, batch_size=batch_size)
+        return exact_edges(model, task, ablation=values, positions=positions, batch_size=batch_size)
     # what every pair has of its own is computed with the pair; the rest is computed once, before
     resample = isinstance(ablation, str) and ablation == "resample"
     patch = None if resample or method == "ifr" else ablation_values(model, task, ablation, reference)
