@@ -45,12 +45,14 @@ def exact_edges(
         score is `m(base with it) − m(base)`: positive where the edge supports the metric, in either case.
       among: edges to score; the others get 0. None scores all.
       positions: an edge is corrupted at one position of its reader at a time; scores, `base` and `among` then have a
-        third axis. After the position of the last answer all scores are 0, and nothing is run for them.
+        third axis. In a causal model all scores after the position of the last answer are 0, without a run.
       batch_size: edges at once; bounds the memory.
 
     Raises:
-      InputError: a base of another shape, or an unknown ablation.
+      InputError: a base of another shape, an unknown ablation, or no edges at once.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size is at least 1, got {batch_size}")
     graph, n_pos = Graph.of(model.config), task.clean.shape[1]
     edges, axes = graph.edges, "[source reader]"
     if positions:
@@ -64,7 +66,7 @@ def exact_edges(
         return np.asarray(_single_edges(model, task, patch, batch_size))
     base = edges if base is None else base & edges
     scored = edges if among is None else among & edges
-    if positions:
+    if positions and model.config.causal:
         scored = scored & (np.arange(n_pos) <= np.asarray(task.position).max())[None, None]
     return exact_from_base(model, task, patch, base, scored, batch_size)
 

@@ -35,7 +35,14 @@ class Folded(NamedTuple):
     ) -> Float[Array, "some batch pos d_head"]:
         """What these readers of a layer project, each of its own stream."""
         w, total, bias = (a[number][readers] for a in (self.w, self.total, self.bias))
-        out, norm = jnp.einsum("nbpd,ndh->nbph", reads, w), self.norm
+        norm = self.norm
+        if norm is not None and norm.weight is not None and jnp.finfo(reads.dtype).bits < 32:
+            # before the product, which could leave the range of the dtype
+            exact = widened(reads)
+            exact = exact if norm.bias is None else exact - exact.mean(-1, keepdims=True)
+            reads = (exact * norm.scale(exact)).astype(reads.dtype)
+            return jnp.einsum("nbpd,ndh->nbph", reads, w) + bias[:, None, None, :]
+        out = jnp.einsum("nbpd,ndh->nbph", reads, w)
         if norm is None or norm.weight is None:
             return out
         exact = widened(reads)

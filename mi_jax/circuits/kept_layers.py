@@ -48,7 +48,8 @@ class _CircuitLayer(abc.ABC):
         """Queries, keys and values `[n batch query d_head]`, and what `into_mlp` gives.
 
         Args:
-          changed: readers that read something else than the ablated stream; None where all may.
+          changed: readers that read something else than the ablated stream, for a layer that can leave the others out;
+            None where all may.
         """
 
     @abc.abstractmethod

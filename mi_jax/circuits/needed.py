@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.search.order import feeds
 
+# circuits
+_AT_ONCE = 64
+
 
 class Needs(NamedTuple):
     """What is needed of layers.
@@ -27,7 +30,7 @@ def needed(
     circuits: Bool[np.ndarray, "circuit source reader *pos"],
     *,
     from_input: bool,
-    dependent: bool = False,
+    dependent: bool,
 ) -> Needs:
     """What is needed of every layer in the run of every circuit.
 
@@ -36,6 +39,11 @@ def needed(
         what the patch has, and need not be computed either.
       dependent: what a head writes depends on what all heads of its layer read (`depend_on_each_other`).
     """
+    if len(circuits) > _AT_ONCE:
+        # the arrays in here are several times the masks
+        blocks = np.split(circuits, range(_AT_ONCE, len(circuits), _AT_ONCE))
+        parts = [needed(graph, block, from_input=from_input, dependent=dependent) for block in blocks]
+        return Needs(*(np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(2)))
     fed = feeds(graph)
     if dependent:
         by_layer = fed[:, 1:].reshape(graph.n_readers, graph.n_layers, graph.layer_sources).copy()

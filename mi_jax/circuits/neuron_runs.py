@@ -45,8 +45,7 @@ def neuron_runs(model: Decoder, task: Task, circuits: Sequence[Neurons], *, abla
     graph = checked_for_neurons(model)
     if ablation not in get_args(NeuronAblation):
         raise InputError(f"ablation is one of {', '.join(get_args(NeuronAblation))}, got {ablation!r}")
-    if not circuits:
-        raise InputError("no circuit to run: give at least one `Neurons`, True where it has a neuron")
+    _check_some(circuits)
     c = model.config
     heads, units = (graph.n_layers, c.n_heads, c.d_head), (graph.n_layers, c.d_mlp) if graph.has_mlp else None
     for one in circuits:
@@ -83,7 +82,7 @@ def neuron_curve(
     scores: Neurons,
     fractions: Sequence[float] = FRACTIONS,
     *,
-    select: Select = "absolute",
+    select: str = "absolute",
     ablation: str = "resample",
 ) -> Curve:
     """Faithfulness of the circuits that keep the best-scored neurons, at each fraction of all neurons.
@@ -92,8 +91,12 @@ def neuron_curve(
     the control.
 
     Raises:
-      InputError: as `neuron_faithfulness`.
+      InputError: as `neuron_faithfulness`, or fractions or a way to select that there are not.
     """
+    if select not in get_args(Select):
+        raise InputError(f"select is one of {', '.join(get_args(Select))}, got {select!r}")
+    if len(fractions) == 0 or not all(0 <= f <= 1 for f in fractions):
+        raise InputError(f"fractions are shares of all neurons, at least one, each from 0 to 1; got {tuple(fractions)}")
     total = len(scores.flat)
     ns = tuple(max(1, round(f * total)) for f in fractions)
     circuits = [top_neurons(scores, n, absolute=select == "absolute") for n in ns]
@@ -101,9 +104,14 @@ def neuron_curve(
     return Curve(tuple(fractions), ns, tuple(normalized(runs.metric, task.name).tolist()), ns, total, runs)
 
 
+def _check_some(circuits: Sequence[Neurons]) -> None:
+    if isinstance(circuits, Neurons) or len(circuits) == 0:
+        given = "one `Neurons`" if isinstance(circuits, Neurons) else "none"
+        raise InputError(f"circuits are a list of at least one `Neurons`, True where it has a neuron; got {given}")
+
+
 def _with_ends(model: Decoder, task: Task, circuits: Sequence[Neurons], ablation: str) -> CircuitRuns:
-    if not circuits:
-        raise InputError("no circuit to run: give at least one `Neurons`, True where it has a neuron")
+    _check_some(circuits)
     none, whole = (random_neurons(circuits[0], n, seed=0) for n in (0, len(circuits[0].flat)))
     return neuron_runs(model, task, [*circuits, none, whole], ablation=ablation)
 

@@ -89,7 +89,13 @@ def _neuron_effects(model: Decoder, task: Task, method: str, steps: int, batch_s
 
 
 def top_neurons(scores: Neurons, n: int, *, absolute: bool = True) -> Neurons:
-    """The n best-scored neurons, True where the circuit has one."""
+    """The n best-scored neurons, True where the circuit has one.
+
+    Raises:
+      InputError: scores that are no numbers, or another number of neurons than there are.
+    """
+    if np.isnan(scores.flat).any():
+        raise InputError(f"{int(np.isnan(scores.flat).sum())} neurons have NaN for a score; they cannot be ranked")
     ranks = np.abs(scores.flat) if absolute else scores.flat
     return _first(scores, np.argsort(-ranks, kind="stable"), n)
 

@@ -73,16 +73,22 @@ def circuit_runs(
       references: as many circuits, each the one that the KL divergence of its partner is from; None is the whole model.
       ablation: what the other edges carry, see `ablation_values`.
       reference_task: prompts that mean ablations are taken over.
-      batch_size: circuits at once, which bounds the memory; None: one on a CPU, eight on an accelerator.
+      batch_size: circuits at once, which bounds the memory; None: one on a CPU, eight on an accelerator. Beside it the
+        projections of all layers are held a second time, and values of ablated sources that are not resampled.
 
     Raises:
-      InputError: masks that do not fit the graph of the model.
+      InputError: masks that do not fit the graph of the model, or no circuits at once.
     """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is at least 1 circuit at once, or None; got {batch_size}")
     graph = Graph.of(model.config)
     masks = _stacked(graph, circuits, task)
     others = None if references is None else _stacked(graph, references, task)
     if others is not None and others.shape != masks.shape:
-        raise InputError(f"{len(masks)} circuits need as many references of the same kind, got {len(others)}")
+        raise InputError(
+            f"circuits and references go in pairs of one kind, with a position axis or without; got circuits "
+            f"{masks.shape} and references {others.shape}"
+        )
     resampled = isinstance(ablation, str) and ablation == "resample"
     # the run of the corrupt prompts is then made together with the clean one
     with_run = resampled and has_constant_rest(model) and splits_by_run(model)

@@ -38,6 +38,8 @@ def run_circuits(
       needs: of each, or empty: then all is computed.
     """
     common = last = None
+    # values that were given may have another dtype than the stream that they go into
+    patch = None if patch is None else patch.astype(model.embedded(task.clean)[0].dtype)
     if patch is None:
         common, last = shared_with_run(model, task.clean, task.corrupt, task.mask)
     elif has_constant_rest(model):
@@ -109,7 +111,7 @@ def _streams(
 ) -> Float[Array, "circuit batch 1 d_model"]:
     """What the logits of every circuit are read from."""
     edges = jnp.asarray(Graph.of(model.config).edges)
-    edges, dtype = edges if masks.ndim == 4 else edges[:, :, None], model.unembedding.dtype
+    edges, dtype = edges if masks.ndim == 4 else edges[:, :, None], model.embedded(task.clean)[0].dtype
 
     def one(packed, needs):
         mask = jnp.unpackbits(packed, axis=0, count=len(edges)).astype(bool)

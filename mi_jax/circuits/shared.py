@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from mi_jax.circuits.folded import Folded, folded
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.sources import embedded
+from mi_jax.models.attention import read_together
 from mi_jax.models.block import Block, block
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.layout import Prompts
-from mi_jax.models.norm import Norm, normed
+from mi_jax.models.norm import Norm
 
 READS = ("attn.q_in", "attn.k_in", "attn.v_in")
 
@@ -133,7 +134,7 @@ class _AblatedTap:
 
     def project(self, name: str, x: Array, norm: Norm | None, w: Array) -> Array:
         """As without a tap."""
-        out = jnp.einsum("bpd,dnh->bpnh", normed(norm, x), w)
+        out = read_together(x, norm, w)
         self.seen[name] = jnp.moveaxis(out[self._n :], 2, 0)
         return out
 
@@ -153,8 +154,7 @@ def _shared(
 
 def _projected(params: Block, x: Float[Array, "batch pos d_model"]) -> Float[Array, "reader batch pos d_head"]:
     """Queries, keys and values of one layer, all of the same stream, without what follows on the projection."""
-    read = normed(params.attn_norm, x)
-    out = [jnp.einsum("bpd,dnh->bpnh", read, w) for w in (params.attn.q, params.attn.k, params.attn.v)]
+    out = [read_together(x, params.attn_norm, w) for w in (params.attn.q, params.attn.k, params.attn.v)]
     return jnp.moveaxis(jnp.concatenate(out, 2), 2, 0)
 
 

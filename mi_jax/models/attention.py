@@ -102,13 +102,20 @@ def _read(
 ) -> Float[Array, "batch pos n d_head"]:
     """Projects the stream for n readers; each reads its own copy where the tap touches the readers' inputs."""
     if not tap.touches(name):
-        out = jnp.einsum("bpd,dnh->bpnh", normed(norm, x), w)
+        out = read_together(x, norm, w)
     elif isinstance(tap, ProjectingTap):
         out = tap.project(name, x, norm, w)
     else:
         copies = jnp.broadcast_to(x[:, :, None, :], (*x.shape[:2], w.shape[1], x.shape[2]))
         out = projected(jnp.moveaxis(tap(name, copies), 2, 0), norm, w)
     return out if bias is None else out + bias[None, None, :, :]
+
+
+def read_together(
+    x: Float[Array, "batch pos d_model"], norm: Norm | None, w: Float[Array, "d_model n d_head"]
+) -> Float[Array, "batch pos n d_head"]:
+    """One stream, which all readers have in common, through the norm and their matrices."""
+    return jnp.einsum("bpd,dnh->bpnh", normed(norm, x), w)
 
 
 def projected(

@@ -13,7 +13,7 @@ from mi_jax.circuits.exact import exact_edges
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.masked import masked_forward
 from mi_jax.core.errors import InputError
-from tests.circuits.tiny_task import model, task
+from tests.circuits.tiny_task import CONFIG, model, task
 from tests.models.tiny_families import family
 
 TASK = task()
@@ -88,6 +88,16 @@ def test_nothing_after_the_answer_is_run():
     found = exact_edges(model(), early, positions=True, batch_size=7)
     assert found[:, :, :2].any()
     assert not found[:, :, 2:].any()
+    # where every position sees every other, those after it matter too
+    seeing = dataclasses.replace(model(), config=dataclasses.replace(CONFIG, causal=False))
+    found = exact_edges(seeing, early, positions=True, batch_size=7)
+    graph, patch = Graph.of(CONFIG), ablation_values(seeing, early)
+    s, r = graph.index("input->a0.h0<v>")
+    cut = jnp.zeros((*graph.edges.shape, 4)).at[s, r, 2].set(1.0)
+    runs = [masked_forward(seeing, TASK.clean, c, patch, TASK.mask, output_pos=early.position) for c in (cut * 0, cut)]
+    lost = [float(early.metric(logits).mean()) for logits in runs]
+    assert found[s, r, 2] == pytest.approx(lost[0] - lost[1], abs=TOLERANCE)
+    assert found[:, :, 2].any()
 
 
 def test_a_base_of_another_model_is_named():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.kept import _CHUNK, circuit_stream
 from mi_jax.circuits.masked import masked_forward, masked_stream
@@ -99,22 +100,87 @@ def test_token_edges_and_layers_without_mlp(attention_only):
 def test_only_what_lies_on_a_path_is_needed():
     graph = Graph(3, 2, 2, True)
     circuit = graph.mask(["input->a0.h0<v>", "a0.h0->m1", "m1->logits", "m0->a2.h1<q>", "input->m2"])
-    whole = needed(graph, circuit[None], from_input=True).parts[0]
+    whole = needed(graph, circuit[None], from_input=True, dependent=False).parts[0]
     np.testing.assert_array_equal(whole, [[True, False], [False, True], [False, False]])
     # a key that something useful reads needs what it is made of, whether the input reaches it or not
     circuit = graph.mask(["m0->a1.h0<k>", "a1.h0->logits"])
-    np.testing.assert_array_equal(needed(graph, circuit[None], from_input=True).parts[0], np.zeros((3, 2), bool))
-    any_patch = needed(graph, circuit[None], from_input=False).parts[0]
+    np.testing.assert_array_equal(
+        needed(graph, circuit[None], from_input=True, dependent=False).parts[0], np.zeros((3, 2), bool)
+    )
+    any_patch = needed(graph, circuit[None], from_input=False, dependent=False).parts[0]
     np.testing.assert_array_equal(any_patch, [[False, True], [True, False], [False, False]])
-    assert needed(graph, graph.edges[None], from_input=True).parts.all()
+    assert needed(graph, graph.edges[None], from_input=True, dependent=False).parts.all()
     # of attention's readers, those that computed sources write to and that something needed is made of
     joined = graph.mask(["input->a0.h0<v>", "a0.h0->a1.h1<q>", "a0.h1->a1.h1<k>", "a1.h1->logits", "input->a2.h0<q>"])
-    readers = needed(graph, joined[None], from_input=True).readers[0]
+    readers = needed(graph, joined[None], from_input=True, dependent=False).readers[0]
     assert [graph.readers[7 * layer + r] for layer, r in np.argwhere(readers)] == ["a0.h0<v>", "a1.h1<q>"]
-    assert needed(graph, graph.edges[None], from_input=False).readers.all()
+    assert needed(graph, graph.edges[None], from_input=False, dependent=False).readers.all()
     token = np.zeros((1, *graph.edges.shape, 4), bool)
     token[0, :, :, 2] = circuit
-    np.testing.assert_array_equal(needed(graph, token, from_input=False).parts[0], any_patch)
+    np.testing.assert_array_equal(needed(graph, token, from_input=False, dependent=False).parts[0], any_patch)
+    # what the heads of a layer write depends on each other where a norm follows them: then all of them are needed
+    both_heads = graph.mask(["input->a1.h0<v>", "input->a1.h1<v>", "a1.h0->logits"])
+    found = [needed(graph, both_heads[None], from_input=True, dependent=d).readers[0, 1].sum() for d in (False, True)]
+    assert found == [1, 2]
+    # in blocks, where circuits are many
+    many = np.stack([drawn(graph, 0.2, seed=seed) for seed in range(70)])
+    together = needed(graph, many, from_input=True, dependent=False)
+    for i in (0, 63, 64, 69):
+        alone = needed(graph, many[i : i + 1], from_input=True, dependent=False)
+        np.testing.assert_array_equal(together.parts[i], alone.parts[0])
+        np.testing.assert_array_equal(together.readers[i], alone.readers[0])
+
+
+@eqx.filter_jit
+def masked_metrics(decoder, cuts, patch):
+    def one(cut):
+        return TASK.metric(masked_forward(decoder, TASK.clean, cut, patch, TASK.mask, output_pos=TASK.position))
+
+    return jax.lax.map(one, cuts)
+
+
+@pytest.mark.parametrize(
+    ("name", "ablation", "batch_size"),
+    [*((name, "resample", 1) for name in NAMES), ("olmo2", "mean", 1), ("neox", "mean", 1), ("gemma", "resample", 2)]
+    + [("llama", "resample", 2)],
+)
+def test_circuit_runs_decide_right_what_to_compute(name, ablation, batch_size):
+    decoder = deep(name, 3)
+    graph = Graph.of(decoder.config)
+    # a head that no kept path leads on from, beside one that does
+    beside = graph.mask(["input->a1.h0<v>", "input->a1.h1<v>", "a1.h0->logits"])
+    circuits = np.stack([beside, *(drawn(graph, share, seed=7) for share in (0.03, 0.1, 0.5))])
+    runs = circuit_runs(decoder, TASK, circuits, ablation=ablation, batch_size=batch_size)
+    cuts = jnp.asarray(graph.edges[None] & ~circuits, jnp.float32)
+    expected = masked_metrics(decoder, cuts, ablation_values(decoder, TASK, ablation))
+    np.testing.assert_allclose(runs.metric, expected, atol=TOLERANCE * max(1.0, float(jnp.abs(expected).max())))
+
+
+def test_dtypes_of_the_model_and_of_given_values_may_differ():
+    decoder = deep("neox", 3)
+    graph = Graph.of(decoder.config)
+    circuits = np.stack([drawn(graph, share, seed=3) for share in (0.05, 0.5)])
+    patch = source_outputs(decoder, TASK.corrupt, TASK.mask)
+    exact = circuit_runs(decoder, TASK, circuits, ablation=patch.astype(jnp.bfloat16).astype(jnp.float32))
+    low = circuit_runs(decoder, TASK, circuits, ablation=patch.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(low.metric, exact.metric)
+    # a stream in more bits than the unembedding is not rounded to it
+    rows = decoder.unembedding.astype(jnp.bfloat16)
+    mixed = eqx.tree_at(lambda d: d.unembed, decoder, rows)
+    same = eqx.tree_at(lambda d: d.unembed, decoder, rows.astype(jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):
+        found = circuit_runs(mixed, TASK, circuits)
+    np.testing.assert_allclose(found.metric, circuit_runs(same, TASK, circuits).metric, atol=TOLERANCE)
+
+
+def test_float16_keeps_its_range():
+    """The norm comes before the product where the product could leave the range of the dtype."""
+    decoder = deep("llama", 3)
+    large = jax.tree.map(lambda x: x.astype(jnp.float16), decoder)
+    norms = large.blocks.attn_norm.weight
+    large = eqx.tree_at(lambda d: (d.embed, d.blocks.attn_norm.weight), large, (large.embed * 4000, norms * 20))
+    runs = circuit_runs(large, TASK, drawn(Graph.of(decoder.config), 0.5)[None])
+    assert np.isfinite(runs.metric).all()
 
 
 def test_a_norm_after_a_bias_is_run_as_it_is():

@@ -98,7 +98,15 @@ def test_what_does_not_fit_is_named():
     everything = top_neurons(neuron_scores(model(), TASK), 0)
     with pytest.raises(InputError, match="resample, zero, mean, got 'optimal'"):
         neuron_runs(model(), TASK, [everything], ablation="optimal")
-    with pytest.raises(InputError, match="no circuit"):
+    with pytest.raises(InputError, match="at least one `Neurons`, True where it has a neuron; got none"):
         neuron_faithfulness(model(), TASK, [])
+    with pytest.raises(InputError, match="4 neurons have NaN"):
+        top_neurons(Neurons(np.full((1, 1, 4), np.nan), None), 3)
+    scores = neuron_scores(model(), TASK)
+    with pytest.raises(InputError, match=r"select is one of .*, got 'greedy'"):
+        neuron_curve(model(), TASK, scores, select="greedy")
+    for fractions in ((), (1.5,)):
+        with pytest.raises(InputError, match="fractions are shares"):
+            neuron_curve(model(), TASK, scores, fractions)
     with pytest.raises(InputError, match="mixture of experts"):
         neuron_runs(family("mixture"), TASK, [everything])

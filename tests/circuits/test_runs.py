@@ -85,5 +85,7 @@ def test_bad_circuits_are_named():
         circuit_runs(model(), TASK, [np.zeros((3, 3), bool)])
     with pytest.raises(InputError, match="boolean masks, got float64"):
         circuit_runs(model(), TASK, [np.zeros(GRAPH.edges.shape)])
-    with pytest.raises(InputError, match="5 circuits need as many references of the same kind, got 2"):
+    with pytest.raises(InputError, match="go in pairs of one kind"):
         circuit_runs(model(), TASK, CIRCUITS, CIRCUITS[:2])
+    with pytest.raises(InputError, match="batch_size is at least 1 circuit at once, or None; got 0"):
+        circuit_runs(model(), TASK, CIRCUITS, batch_size=0)
