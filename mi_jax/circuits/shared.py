@@ -20,7 +20,7 @@ READS = ("attn.q_in", "attn.k_in", "attn.v_in")
 
 
 class Written(NamedTuple):
-    """What the sources of a run write, with the heads before their output matrix, which takes a twelfth of the memory.
+    """What the sources of a run write; of heads what goes into their output matrix, which is smaller by their number.
 
     Attributes:
       z: of the heads.

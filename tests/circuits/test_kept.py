@@ -50,7 +50,7 @@ def both(decoder, kept, edges, needs, patch, with_run):
     return stream, masked_stream(decoder, TASK.clean, cut, patch, TASK.mask, output_pos=TASK.position)
 
 
-def compared(decoder, circuit, *, patch=None, skip=True, with_run=False):
+def checked(decoder, circuit, *, patch=None, skip=True, with_run=False):
     graph = Graph.of(decoder.config)
     dependent = depend_on_each_other(decoder.config)
     needs = needed(graph, circuit[None], from_input=patch is None, dependent=dependent)
@@ -70,11 +70,11 @@ def test_it_is_the_masked_forward(name):
     assert has_constant_rest(decoder)
     by_run = splits_by_run(decoder)
     assert by_run == (name not in ("gemma", "olmo2", "mixture"))
-    found = [compared(decoder, drawn(graph, share), with_run=by_run) for share in (0.0, 0.03, 0.15, 0.6, 1.0)]
+    found = [checked(decoder, drawn(graph, share), with_run=by_run) for share in (0.0, 0.03, 0.15, 0.6, 1.0)]
     # a patch that is no run of the model
     patch = 0.3 * jax.random.normal(jax.random.key(0), (graph.n_sources, *TASK.clean.shape, decoder.config.d_model))
     for share in (0.03, 0.3):
-        compared(decoder, drawn(graph, share), patch=patch)
+        checked(decoder, drawn(graph, share), patch=patch)
     assert np.abs(found[0] - found[-1]).max() > 0.05
 
 
@@ -84,7 +84,7 @@ def test_however_many_layers_there_are(n_layers):
     decoder = deep("gpt2", n_layers)
     assert n_layers < 8 or n_layers - 2 > _CHUNK
     for share in (0.02, 0.2, 1.0):
-        compared(decoder, drawn(Graph.of(decoder.config), share, seed=n_layers), with_run=True)
+        checked(decoder, drawn(Graph.of(decoder.config), share, seed=n_layers), with_run=True)
 
 
 @pytest.mark.parametrize("attention_only", [False, True], ids=["mlp", "attention-only"])
@@ -94,7 +94,7 @@ def test_token_edges_and_layers_without_mlp(attention_only):
     graph = Graph.of(config)
     for circuit in (drawn(graph, 0.2, TASK.clean.shape[1]), drawn(graph, 0.2)):
         for skip in (True, False):
-            compared(decoder, circuit, skip=skip, with_run=skip)
+            checked(decoder, circuit, skip=skip, with_run=skip)
 
 
 def test_only_what_lies_on_a_path_is_needed():
