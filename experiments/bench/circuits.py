@@ -66,12 +66,12 @@ from experiments.bench.peer import run_script
 from experiments.bench.setting import TOKENS, Setting, setting
 from experiments.bench.timing import Disturbance, cold_seconds, ratios, seconds
 from mi_jax.circuits.ablation import ablation_values
-from mi_jax.circuits.exact import exact_edges
 from mi_jax.circuits.faithfulness import FRACTIONS, faithfulness, sizes, top_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.graph.paths import reverse_topological
+from mi_jax.circuits.runs.exact import exact_edges
 from mi_jax.circuits.scores import edge_scores
 from mi_jax.circuits.search.acdc import acdc
-from mi_jax.circuits.search.order import reverse_topological
 from mi_jax.data.task import Task
 from mi_jax.models import smollm2_path
 from mi_jax.models.checkpoints.gguf import CheckpointError

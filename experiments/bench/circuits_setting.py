@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from experiments.bench.setting import BATCH, GPT2_SMALL, N_POS, SMOKE, TOKENS, Setting
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import masked_forward
+from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models import Decoder

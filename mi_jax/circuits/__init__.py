@@ -20,7 +20,6 @@ from mi_jax.circuits.das import principal_angles as principal_angles
 from mi_jax.circuits.discover import SEARCHES as SEARCHES
 from mi_jax.circuits.discover import Circuit as Circuit
 from mi_jax.circuits.discover import discover as discover
-from mi_jax.circuits.exact import exact_edges as exact_edges
 from mi_jax.circuits.faithfulness import FRACTIONS as FRACTIONS
 from mi_jax.circuits.faithfulness import Curve as Curve
 from mi_jax.circuits.faithfulness import curve as curve
@@ -29,10 +28,10 @@ from mi_jax.circuits.faithfulness import random_curves as random_curves
 from mi_jax.circuits.faithfulness import random_edges as random_edges
 from mi_jax.circuits.faithfulness import top_edges as top_edges
 from mi_jax.circuits.graph import Graph as Graph
+from mi_jax.circuits.graph.selection import select_edges as select_edges
 from mi_jax.circuits.known import KnownCircuit as KnownCircuit
 from mi_jax.circuits.known import induction_circuit as induction_circuit
 from mi_jax.circuits.known import known_circuit as known_circuit
-from mi_jax.circuits.masked import masked_forward as masked_forward
 from mi_jax.circuits.measures import kl_divergence as kl_divergence
 from mi_jax.circuits.metrics import CircuitReport as CircuitReport
 from mi_jax.circuits.metrics import evaluate_circuit as evaluate_circuit
@@ -41,9 +40,10 @@ from mi_jax.circuits.neuron_runs import neuron_faithfulness as neuron_faithfulne
 from mi_jax.circuits.neurons import neuron_scores as neuron_scores
 from mi_jax.circuits.neurons import top_neurons as top_neurons
 from mi_jax.circuits.nodes import node_scores as node_scores
+from mi_jax.circuits.runs.exact import exact_edges as exact_edges
+from mi_jax.circuits.runs.masked import masked_forward as masked_forward
+from mi_jax.circuits.runs.sources import source_outputs as source_outputs
 from mi_jax.circuits.scores import METHODS as METHODS
 from mi_jax.circuits.scores import edge_scores as edge_scores
 from mi_jax.circuits.search import acdc as acdc
 from mi_jax.circuits.search import learn_mask as learn_mask
-from mi_jax.circuits.search import select_edges as select_edges
-from mi_jax.circuits.sources import source_outputs as source_outputs

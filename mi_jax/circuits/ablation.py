@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.means import source_means
 from mi_jax.circuits.optimal import optimal_ablation
-from mi_jax.circuits.sources import source_outputs
+from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder

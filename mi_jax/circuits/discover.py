@@ -1,18 +1,19 @@
 """`discover`: a task in, a circuit out."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from mi_jax.circuits.faithfulness import faithfulness, sizes
+from mi_jax.circuits.faithfulness import faithfulness
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.graph.selection import Rule, circuit_of_size, select_edges
 from mi_jax.circuits.scores import METHODS, edge_scores
-from mi_jax.circuits.search import acdc, learn_mask, select_edges
+from mi_jax.circuits.search import acdc, learn_mask
 from mi_jax.circuits.search.learned import MASK_METHODS, MaskMethod
-from mi_jax.circuits.search.select import Rule
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
@@ -34,7 +35,7 @@ class Circuit:
     Attributes:
       scores: of all edges, `[source reader]`, positive where an edge supports the metric; None where the method gives
         none.
-      mask: the edges of the circuit, those on no path from input to logits removed.
+      mask: the edges of the circuit, those that change no run of it removed (`Graph.prune`).
       faithfulness: of exactly these edges, on the pairs they were chosen with; measure it again on others.
       ablation: what the edges outside carry.
     """
@@ -113,6 +114,7 @@ def discover(
     target: float = 0.95,
     steps: int = 5,
     scores: np.ndarray | None = None,
+    positions: bool = False,
     ablation: str | Array = "resample",
     batch_size: int = 16,
     key: PRNGKeyArray | None = None,
@@ -121,15 +123,17 @@ def discover(
 ) -> Circuit:
     """A circuit for a task, by any method.
 
-    With a method of `METHODS`, which scores edges, it has the `n_edges` best; without `n_edges` it is the smallest one
-    whose faithfulness is within `1 ± (1 − target)`. Sizes are tried on a grid of eight to a factor of ten (all sizes
-    where the graph has at most 256 edges); the whole graph has faithfulness 1, so there is always an answer. A method
-    of `SEARCHES` decides on the edges itself. Nothing about the true circuit enters.
+    With a method of `METHODS`, which scores edges, it has the `n_edges` best that are on a path from input to logits;
+    without `n_edges` it is the smallest one whose faithfulness is within `1 ± (1 − target)`. Sizes are tried on a grid
+    of eight to a factor of ten (all sizes where the graph has at most 256 edges); the whole graph has faithfulness 1,
+    so there is always an answer, and a warning says so if it is the whole graph. A method of `SEARCHES` decides on the
+    edges itself. Nothing about the true circuit enters.
 
     Args:
-      n_edges: before those on no path from input to logits are removed.
+      n_edges: of the circuit; fewer only where no more edges of the graph can be on a path ("greedy" selection).
       steps: points of the integral, for a method that has one.
       scores: edge scores that were computed before; None computes them with `method`.
+      positions: a circuit of token edges, whose mask and scores have a third axis.
       ablation: what the edges outside the circuit carry; see `ablation_values`.
       batch_size: pairs at once while scoring ("exact": edges); bounds the memory.
       key: for the searches that draw at random.
@@ -146,8 +150,11 @@ def discover(
     graph = Graph.of(model.config)
     if method not in METHODS and method not in SEARCHES:
         raise InputError(f"no method {method!r}; there are {', '.join([*METHODS, *SEARCHES])}")
-    if n_edges is not None and not 0 < n_edges <= graph.n_edges:
-        raise InputError(f"the graph has {graph.n_edges} edges; n_edges is between 1 and that, got {n_edges}")
+    total = graph.n_edges * (task.clean.shape[1] if positions else 1)
+    if n_edges is not None and not 0 < n_edges <= total:
+        raise InputError(f"the graph has {total} edges; n_edges is between 1 and that, got {n_edges}")
+    if positions and (method not in METHODS or METHODS[method].rule != "top"):
+        raise InputError(f"method {method!r} finds no circuits of token edges; take one that scores every position")
     if not 0 < target <= 1:
         raise InputError(f"target is a faithfulness above 0 and at most 1, got {target}")
     # before anything costly: where the two ends have the same metric this raises
@@ -156,35 +163,44 @@ def discover(
         mask, found = SEARCHES[method](
             model, task, n_edges=n_edges, ablation=ablation, key=key, progress=progress, **options
         )
-        mask = graph.prune(mask)
+        mask = graph.prune(mask, ablation=ablation)
         value = faithfulness(model, task, [mask], ablation=ablation)[0]
         return Circuit(graph, method, found, mask, float(value), ablation)
     if options:
         raise InputError(f"method {method!r} has no option {', '.join(options)}")
-    grid = [n_edges] if n_edges is not None else _grid(graph)
+    grid = [n_edges] if n_edges is not None else _grid(total)
     parts = 1 + -(-len(grid) // _AT_ONCE)
     report = progress or (lambda done, total: None)
     if scores is None:
-        scores = edge_scores(model, task, method=method, steps=steps, ablation=ablation, batch_size=batch_size)
+        options = {"steps": steps, "ablation": ablation, "positions": positions, "batch_size": batch_size}
+        scores = edge_scores(model, task, method=method, **options)
     report(1, parts)
     rule = METHODS[method].rule if method in METHODS else "top"
-    for part, (masks, values) in enumerate(_by_size(model, task, graph, scores, grid, ablation, rule), 2):
+    for part, start in enumerate(range(0, len(grid), _AT_ONCE), 2):
+        masks = [_of_size(graph, scores, n, rule, ablation, n_edges) for n in grid[start : start + _AT_ONCE]]
+        values = faithfulness(model, task, masks, ablation=ablation)
         good = np.flatnonzero(np.abs(1 - values) <= 1 - target + 1e-6) if n_edges is None else [0]
         for done in range(part, parts + 1 if len(good) else part + 1):
             report(done, parts)
         if len(good):
-            return Circuit(graph, method, scores, masks[good[0]], float(values[good[0]]), ablation)
+            mask, value = masks[good[0]], float(values[good[0]])
+            if n_edges is None and mask.sum() == total:
+                warnings.warn(
+                    f"task {task.name!r}: no circuit by {method!r} smaller than the whole graph has a faithfulness "
+                    f"within {1 - target:.3g} of 1, so this circuit is the whole graph. Take another method, a lower "
+                    "target, or n_edges",
+                    stacklevel=2,
+                )
+            return Circuit(graph, method, scores, mask, value, ablation)
     raise AssertionError("the whole graph has faithfulness 1")
 
 
-def _grid(graph: Graph) -> Sequence[int]:
-    return range(1, graph.n_edges + 1) if graph.n_edges <= 256 else sorted(set(sizes(graph, _GRID)))
+def _grid(total: int) -> Sequence[int]:
+    return range(1, total + 1) if total <= 256 else sorted({max(1, round(f * total)) for f in _GRID})
 
 
-def _by_size(
-    model: Decoder, task: Task, graph: Graph, scores: np.ndarray, grid: Sequence[int], ablation: str | Array, rule: Rule
-) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Circuits and their faithfulness, small ones first."""
-    for start in range(0, len(grid), _AT_ONCE):
-        masks = [select_edges(graph, scores, n, rule=rule, prune=True) for n in grid[start : start + _AT_ONCE]]
-        yield masks, faithfulness(model, task, masks, ablation=ablation)
+def _of_size(graph: Graph, scores, n: int, rule: Rule, ablation: str | Array, asked: int | None) -> np.ndarray:
+    """The pruned circuit of the n best edges, or where a size was asked for, of so many that it has that size."""
+    if asked is not None:
+        return circuit_of_size(graph, scores, n, rule=rule, ablation=ablation)
+    return graph.prune(select_edges(graph, scores, n, rule=rule), ablation=ablation)

@@ -16,13 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.runs import CircuitRuns, circuit_runs
-from mi_jax.circuits.selection import Prune as Prune
-from mi_jax.circuits.selection import Select as Select
-from mi_jax.circuits.selection import edges_like as edges_like
-from mi_jax.circuits.selection import pruned as pruned
-from mi_jax.circuits.selection import random_edges as random_edges
-from mi_jax.circuits.selection import top_edges as top_edges
+from mi_jax.circuits.graph.selection import Prune as Prune
+from mi_jax.circuits.graph.selection import Select as Select
+from mi_jax.circuits.graph.selection import pruned as pruned
+from mi_jax.circuits.graph.selection import random_edges as random_edges
+from mi_jax.circuits.graph.selection import top_edges as top_edges
+from mi_jax.circuits.runs.circuits import CircuitRuns, circuit_runs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, bootstrap
@@ -217,7 +216,7 @@ def curve(
     """
     graph = Graph.of(model.config)
     ns = sizes(graph, fractions, floor=floor, n_pos=scores.shape[2] if scores.ndim == 3 else 1)
-    masks = [pruned(top_edges(scores, graph, n, select=select), graph, prune) for n in ns]
+    masks = [pruned(top_edges(scores, graph, n, select=select), graph, prune, ablation=ablation) for n in ns]
     runs = with_ends(model, task, masks, ablation, reference, batch_size)
     return curve_of(graph, tuple(fractions), ns, masks, runs, task.name)
 
@@ -225,7 +224,7 @@ def curve(
 def curve_of(graph: Graph, fractions, ns, masks, runs: CircuitRuns, name: str = "") -> Curve:
     """The curve of circuits that have been run already, with the two ends (`with_ends`)."""
     kept = tuple(int(m.sum()) for m in masks)
-    n_edges = int(edges_like(graph, masks[0]).sum())
+    n_edges = int(graph.edges_like(masks[0]).sum())
     return Curve(fractions, ns, tuple(normalized(runs.metric, name).tolist()), kept, n_edges, runs)
 
 
@@ -236,14 +235,21 @@ def random_curves(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     prune: Prune = "none",
+    positions: bool = False,
     ablation: str | Array = "resample",
     reference: Task | None = None,
     batch_size: int | None = None,
 ) -> list[Curve]:
-    """The same for random circuits of equal size, one nested family a seed."""
+    """The same for random circuits of equal size, one nested family a seed.
+
+    Args:
+      positions: circuits of token edges.
+    """
     graph = Graph.of(model.config)
-    ns = sizes(graph, fractions)
-    masks = [pruned(random_edges(graph, n, seed=s), graph, prune) for s in seeds for n in ns]
+    n_pos = task.clean.shape[1] if positions else None
+    ns = sizes(graph, fractions, n_pos=n_pos or 1)
+    drawn = [random_edges(graph, n, seed=s, n_pos=n_pos) for s in seeds for n in ns]
+    masks = [pruned(mask, graph, prune, ablation=ablation) for mask in drawn]
     runs = with_ends(model, task, masks, ablation, reference, batch_size)
     families = [np.r_[k * len(ns) : (k + 1) * len(ns), len(masks), len(masks) + 1] for k in range(len(seeds))]
     parts = [masks[k * len(ns) : (k + 1) * len(ns)] for k in range(len(seeds))]

@@ -9,7 +9,7 @@
 
 The papers name heads and what they compose with. Which edges that means is a reading, and so are the positions, where
 the paper has none: compare with these masks as with any annotation. In the docstring circuit head 1.2 has queries and
-keys but no value, since what it writes depends on where it attends alone; `Graph.prune` would drop it.
+keys but no value, since what it writes depends on where it attends alone.
 """
 
 import dataclasses

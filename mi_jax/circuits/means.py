@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mi_jax.circuits.sources import source_outputs
+from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 

@@ -20,8 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import masked_forward
-from mi_jax.circuits.search.order import feeds
+from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
@@ -87,7 +86,7 @@ def node_circuit(graph: Graph, nodes: Bool[np.ndarray, " source"]) -> Bool[np.nd
     if nodes.shape != (graph.n_sources,):
         raise InputError(f"nodes is a mask of the {graph.n_sources} sources of the graph, got shape {nodes.shape}")
     kept = nodes | (np.arange(graph.n_sources) == 0)
-    read = (feeds(graph) & kept[None, :]).any(1)
+    read = graph.own_readers[kept].any(0)
     read[-1] = True
     return graph.edges & kept[:, None] & read[None, :]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits.discover import discover
-from mi_jax.circuits.exact import exact_edges
 from mi_jax.circuits.faithfulness import faithfulness
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.search import select_edges
+from mi_jax.circuits.graph.selection import circuit_of_size
+from mi_jax.circuits.runs.exact import exact_edges
 from mi_jax.core.errors import InputError
 from mi_jax.models import init_decoder
 from tests.circuits.tiny_task import CONFIG, model, task
@@ -25,8 +25,8 @@ EXACT = exact_edges(MODEL, TASK)
 def test_a_size_gives_the_best_edges_that_are_connected():
     parts = []
     circuit = discover(MODEL, TASK, scores=EXACT, n_edges=20, progress=lambda *part: parts.append(part))
-    np.testing.assert_array_equal(circuit.mask, select_edges(GRAPH, EXACT, 20, prune=True))
-    assert len(circuit) == circuit.mask.sum() == len(circuit.edges) <= 20
+    np.testing.assert_array_equal(circuit.mask, circuit_of_size(GRAPH, EXACT, 20))
+    assert len(circuit) == circuit.mask.sum() == len(circuit.edges) == 20
     assert parts == [(1, 2), (2, 2)]
     names, values = zip(*circuit.top(5), strict=True)
     assert all(EXACT[GRAPH.index(name)] == value for name, value in zip(names, values, strict=True))
@@ -42,6 +42,24 @@ def test_a_circuit_is_measured_on_other_prompts_with_its_ablation():
     wider = init_decoder(dataclasses.replace(CONFIG, n_heads=4), key=jax.random.key(0))
     with pytest.raises(InputError, match="this circuit is of another model"):
         circuit.faithfulness_on(wider, other)
+
+
+def test_token_edges_are_found_and_run():
+    circuit = discover(MODEL, TASK, method="exact", positions=True, n_edges=40)
+    assert len(circuit) == 40
+    assert circuit.mask.shape == (*GRAPH.edges.shape, 4)
+    assert all("@" in name for name in circuit.edges)
+    np.testing.assert_array_equal(GRAPH.mask(circuit.edges, 4), circuit.mask)
+    assert circuit.faithfulness == pytest.approx(faithfulness(MODEL, TASK, [circuit.mask])[0])
+    with pytest.raises(InputError, match="'acdc' finds no circuits of token edges"):
+        discover(MODEL, TASK, method="acdc", positions=True)
+
+
+def test_a_circuit_that_is_the_whole_graph_is_said_to_be():
+    # the edges upside down: the last to come is the one that matters most
+    with pytest.warns(UserWarning, match="no circuit by 'eap-ig' smaller than the whole graph"):
+        circuit = discover(MODEL, TASK, scores=1 / (1e-3 + np.abs(EXACT)), target=1.0)
+    assert (circuit.mask == GRAPH.edges).all()
 
 
 def test_progress_ends_where_the_search_does():

@@ -1,11 +1,14 @@
 """Counts, names and pruning of the computational graph."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from mi_jax.circuits import Graph
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import ATTENTION_ONLY, CONFIG
+from tests.models.tiny_families import FAMILIES
 
 GRAPH = Graph.of(CONFIG)
 
@@ -77,14 +80,45 @@ def test_a_path_is_kept_and_what_leads_nowhere_is_not():
     assert pruned() == set()
 
 
-def test_a_head_that_is_reached_by_queries_and_keys_only_is_dropped():
-    looking = {"input->a1.h0<q>", "input->a1.h0<k>", "a1.h0->logits"}
-    assert pruned(*looking) == set()
-    assert pruned(*looking, "input->a1.h0<v>") == looking | {"input->a1.h0<v>"}
-    # a head that only another head's query reads, which carries nothing itself
+def test_a_head_that_is_reached_by_queries_or_keys_alone_is_alive():
+    """It looks elsewhere than in the other run, over the values of the other run."""
+    for letter in "qkv":
+        looking = {f"input->a1.h0<{letter}>", "a1.h0->logits"}
+        assert pruned(*looking, "m0->m1") == looking
+    # what EAP-IG's own pruning keeps
+    assert pruned("input->a0.h0<q>", "a0.h0->logits") == {"input->a0.h0<q>", "a0.h0->logits"}
     chain = {"input->a0.h0<v>", "a0.h0->a1.h0<q>", "a1.h0->logits"}
-    assert pruned(*chain) == set()
-    assert pruned(*chain, "input->a1.h0<v>") == chain | {"input->a1.h0<v>"}
+    assert pruned(*chain) == chain
+
+
+def test_what_no_input_reaches_counts_where_ablated_edges_are_of_no_run():
+    alone = GRAPH.mask(["m0->a1.h0<q>", "a1.h0->logits"])
+    loose = alone | GRAPH.mask(["input->m1"])
+    assert not GRAPH.prune(loose).any()
+    np.testing.assert_array_equal(GRAPH.prune(loose, ablation="mean"), alone)
+    np.testing.assert_array_equal(GRAPH.prune(loose, ablation=np.zeros(3)), alone)
+
+
+def test_positions_count_where_a_reader_sees_one_alone():
+    edges = ["input->a0.h0<q>@1", "input->a0.h0<k>@0", "a0.h0->m1@1", "m1->logits@1", "a0.h1->m1@0", "m1->logits@0"]
+    mask = GRAPH.mask(edges, 3)
+    # a key is read from all positions, and both heads share it
+    np.testing.assert_array_equal(GRAPH.prune(mask), mask)
+    by_query = GRAPH.mask(["input->a0.h0<q>@1", "a0.h0->logits@1", "a0.h0->logits@2"], 3)
+    assert GRAPH.names(GRAPH.prune(by_query)) == ["input->a0.h0<q>@1", "a0.h0->logits@1"]
+    np.testing.assert_array_equal(GRAPH.mask(GRAPH.names(mask), 3), mask)
+    with pytest.raises(InputError, match="names a position, and this mask has positions 0 to 2"):
+        GRAPH.mask(["input->logits@3"], 3)
+    with pytest.raises(InputError, match="names a position, and this mask has no positions: give n_pos"):
+        GRAPH.mask(["input->logits@0"])
+
+
+def test_coupled_heads_depend_on_what_all_heads_of_their_layer_read():
+    coupled = dataclasses.replace(GRAPH, coupled=True)
+    path = ["input->a1.h0<q>", "a1.h1->logits"]
+    assert pruned(*path) == set()
+    assert set(coupled.names(coupled.prune(coupled.mask(path)))) == set(path)
+    assert [Graph.of(FAMILIES[name]).coupled for name in ("llama", "gemma", "olmo2", "mixture")] == [False, *[True] * 3]
 
 
 def test_grouped_heads_share_the_edges_of_their_key_value_head():

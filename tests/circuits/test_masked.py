@@ -10,7 +10,7 @@ import pytest
 
 import mi_jax as mi
 from mi_jax.circuits import Graph, masked_forward, source_outputs
-from mi_jax.circuits.masked import chunks
+from mi_jax.circuits.runs.masked import chunks
 from mi_jax.core.errors import InputError
 from mi_jax.models import init_decoder
 from tests.circuits.tiny_task import CONFIG, model, task

@@ -6,10 +6,10 @@ import pytest
 import scipy.special
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import masked_forward
 from mi_jax.circuits.runs import circuit_runs
-from mi_jax.circuits.runs_program import run_circuits
-from mi_jax.circuits.sources import source_outputs
+from mi_jax.circuits.runs.masked import masked_forward
+from mi_jax.circuits.runs.program import run_circuits
+from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import model
 from tests.circuits.wide_task import task

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits.ablation import ablation_values
-from mi_jax.circuits.exact import exact_edges
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import masked_forward
+from mi_jax.circuits.runs.exact import exact_edges
+from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.circuits.scores import edge_scores
 from mi_jax.core.edits import Patch
 from mi_jax.core.errors import InputError

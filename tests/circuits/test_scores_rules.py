@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.circuits.scores import edge_scores
-from mi_jax.circuits.sources import source_outputs
 from mi_jax.core.atp import grad_drop
 from mi_jax.core.edits import Add
 from mi_jax.core.errors import InputError

@@ -10,7 +10,7 @@ import pytest
 
 import mi_jax as mi
 from mi_jax.circuits import Graph, masked_forward, source_outputs
-from mi_jax.circuits.sources import shares
+from mi_jax.circuits.runs.sources import shares
 from mi_jax.core.errors import InputError
 from mi_jax.models import Decoder
 from mi_jax.models.norm import Norm

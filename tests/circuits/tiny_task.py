@@ -28,3 +28,13 @@ def task() -> Task:
     mask = jnp.array([[True] * 4, [True] * 3 + [False]])
     answers = jnp.array([[3, 7], [2, 9]], jnp.int32)
     return Task("tiny", clean, corrupt, mask, answers[:, 0], answers[:, 1], jnp.array([3, 2], jnp.int32))
+
+
+def random_task(seed: int) -> Task:
+    """Four pairs of random prompts of four tokens, the last two padded by one."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    clean = jax.random.randint(keys[0], (4, 4), 0, 13)
+    corrupt = jnp.where(jax.random.uniform(keys[1], (4, 4)) < 0.5, clean, (clean + 5) % 13).at[:, 0].set(clean[:, 0])
+    mask = jnp.ones((4, 4), bool).at[2:, 3].set(False)
+    answers = jax.random.randint(keys[2], (4,), 0, 13)
+    return Task(f"random {seed}", clean, corrupt, mask, answers, (answers + 6) % 13, jnp.array([3, 3, 2, 2], jnp.int32))

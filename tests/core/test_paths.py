@@ -7,7 +7,7 @@ import pytest
 
 import mi_jax as mi
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import masked_forward, source_outputs
+from mi_jax.circuits.runs.masked import masked_forward, source_outputs
 from mi_jax.core.errors import InputError
 from mi_jax.core.index import index_axis
 from mi_jax.core.nodes import node

@@ -5,6 +5,7 @@ layers of its edges. The layer-matched control takes that away.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -44,13 +45,21 @@ def matched_edges(graph: Graph, like: Mask, *, seed: int) -> Mask:
 
 
 def random_circuits(
-    graph: Graph, like: Sequence[Mask], n: int, *, kind: str = "layers", seed: int = 0, prune: Prune = "none"
+    graph: Graph,
+    like: Sequence[Mask],
+    n: int,
+    *,
+    kind: str = "layers",
+    seed: int = 0,
+    prune: Prune = "none",
+    ablation: Any = "resample",
 ) -> list[list[Mask]]:
     """n families of random circuits, each with one circuit for every mask in `like`.
 
     Args:
       kind: "size" draws from all edges, "layers" keeps the numbers of edges in every pair of layers.
       prune: how dangling edges are deleted after the draw; the found circuits should have been pruned alike.
+      ablation: what the edges outside carry, which pruning asks for.
 
     Raises:
       InputError: an unknown kind.
@@ -63,4 +72,4 @@ def random_circuits(
             return matched_edges(graph, mask, seed=s)
         return random_edges(graph, int((mask & graph.edges).sum()), seed=s)
 
-    return [[pruned(draw(mask, seed + i), graph, prune) for mask in like] for i in range(n)]
+    return [[pruned(draw(mask, seed + i), graph, prune, ablation=ablation) for mask in like] for i in range(n)]

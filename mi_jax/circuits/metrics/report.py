@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mi_jax.circuits.ablation import ablation_values
-from mi_jax.circuits.faithfulness import FRACTIONS, Curve, curve_of, edges_like, pruned, sizes, top_edges, with_ends
+from mi_jax.circuits.faithfulness import FRACTIONS, Curve, curve_of, pruned, sizes, top_edges, with_ends
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.graph.selection import Rule
 from mi_jax.circuits.metrics.completeness import Completeness, Minimality, completeness, minimality
 from mi_jax.circuits.metrics.controls import KINDS, random_circuits
 from mi_jax.circuits.metrics.hypothesis_runs import HypothesisTests, hypothesis_tests
 from mi_jax.circuits.metrics.ranking import EdgeRanking, edge_ranking
 from mi_jax.circuits.metrics.single import CircuitMetrics, Compared, circuit_metrics
 from mi_jax.circuits.metrics.stability import Stability, bootstrap_stability, group_stability, split_stability
-from mi_jax.circuits.search.select import Rule
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, Null
@@ -196,7 +196,7 @@ def evaluate_circuit(
     scores_or_mask = np.asarray(scores_or_mask)
     if scores_or_mask.ndim != 2:
         raise InputError(f"`evaluate_circuit` takes edges [source reader], got shape {scores_or_mask.shape}")
-    edges_like(graph, scores_or_mask)
+    graph.edges_like(scores_or_mask)
     keys = jax.random.split(key, 8)
     options = {
         "ablation": ablation_values(model, task, ablation, reference),
@@ -212,7 +212,7 @@ def evaluate_circuit(
             model, task, scores_or_mask, key=keys[0], null_curves=max(1, null_circuits // 2), **options
         )
         n_edges = _size_for(curves.absolute) if n_edges is None else n_edges
-        mask = graph.prune(top_edges(scores_or_mask, graph, n_edges))
+        mask = graph.prune(top_edges(scores_or_mask, graph, n_edges), ablation=ablation)
     if not mask.any():
         raise InputError("the circuit has no edges (after dangling ones were deleted); take more")
     stability = {}

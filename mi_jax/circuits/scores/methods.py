@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mi_jax.circuits.ablation import ablation_values
-from mi_jax.circuits.exact import exact_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.graph.selection import Rule
+from mi_jax.circuits.runs.exact import exact_edges
+from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.circuits.scores import corrected, paths, routes, source_paths
 from mi_jax.circuits.scores.gradients import Pairs
-from mi_jax.circuits.search.select import Rule
-from mi_jax.circuits.sources import source_outputs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder

@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.runs.sources import PlainRun, SourceTap, plain_run
 from mi_jax.circuits.scrubbing.hypothesis import Hypothesis, TreeNode, agreeing_groups, treeify
 from mi_jax.circuits.scrubbing.sampling import draw_rows
-from mi_jax.circuits.sources import PlainRun, SourceTap, plain_run
 from mi_jax.core.errors import InputError
 from mi_jax.core.taps import Tap
 from mi_jax.data.task import Task

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import masked_forward
+from mi_jax.circuits.graph.selection import select_edges
+from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.circuits.search.gates import hard_concrete, hard_concrete_open, uniform_gradient
 from mi_jax.circuits.search.objective import Objective, check_objective, loss_of
-from mi_jax.circuits.search.select import select_edges
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder

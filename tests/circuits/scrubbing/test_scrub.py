@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.masked import source_outputs
+from mi_jax.circuits.runs.masked import source_outputs
 from mi_jax.circuits.scrubbing import Hypothesis, Interpretation, Read, causal_scrub
 from mi_jax.circuits.scrubbing.hypothesis import agreeing_groups, treeify
 from mi_jax.circuits.scrubbing.sampling import agreeing_rows, draw_rows

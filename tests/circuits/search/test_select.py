@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.search.order import feeds
-from mi_jax.circuits.search.select import circuit_of_size, select_edges
+from mi_jax.circuits.graph.selection import circuit_of_size, select_edges
 from mi_jax.core.errors import InputError
 
 GRAPHS = [Graph(2, 2, 1, True), Graph(3, 2, 2, False), Graph(2, 4, 2, True, parallel=True)]
@@ -29,7 +28,7 @@ def test_signed_and_absolute_scores_choose_different_edges():
 @given(SEEDS)
 def test_greedy_takes_the_best_edge_into_what_is_connected(drawn):
     graph, seed, n = drawn
-    scores, fed = _scores(graph, seed), feeds(graph)
+    scores, fed = _scores(graph, seed), graph.computes_from.T
     mask = np.zeros_like(graph.edges)
     for _ in range(n):
         open_readers = (fed & mask.any(1)[None, :]).any(1)
@@ -48,7 +47,7 @@ def test_a_circuit_of_a_size_is_pruned_and_as_large_as_it_can_be(drawn):
     circuit = circuit_of_size(graph, scores, n)
     assert circuit.sum() <= n
     assert (graph.prune(circuit) == circuit).all()
-    sizes = [select_edges(graph, scores, k, prune=True).sum() for k in range(graph.n_edges + 1)]
+    sizes = [graph.prune(select_edges(graph, scores, k)).sum() for k in range(graph.n_edges + 1)]
     assert circuit.sum() == max(size for size in sizes if size <= n)
 
 

@@ -5,16 +5,18 @@ and `<v>` per key/value head, `m{l}` and `logits`. There is an edge where the so
 in a parallel block, where attention and MLP read the same stream, none from a layer's heads to its MLP. In a mixture
 every expert `m{l}.e{i}` is a source, of what it adds, gate included; the layer has one reader `m{l}`, of the router and
 all experts. Heads and experts that go through a norm before they are added write their share of it
-(`mi_jax.circuits.sources`). Biases are no sources.
+(`mi_jax.circuits.runs.sources`). Biases are no sources.
 Names follow EAP-IG (Hanna et al. 2024); grouped key/value heads keep their own readers.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from mi_jax.circuits.graph import drawing, paths
 from mi_jax.core.errors import InputError
 from mi_jax.models.config import DecoderConfig
 
@@ -26,6 +28,9 @@ class Graph:
     Attributes:
       parallel: attention and MLP of a layer read the same stream.
       n_experts: of every layer, each a source; 0 where the MLP is one.
+      coupled: what a head writes depends on what all heads of its layer read, by a norm of their sum or of all queries
+        together.
+      normed_bias: a norm follows a bias of the heads, so that what no source writes differs between runs.
     """
 
     n_layers: int
@@ -34,6 +39,9 @@ class Graph:
     has_mlp: bool
     parallel: bool = False
     n_experts: int = 0
+    # not part of what a graph is, which the files of other programs say without them
+    coupled: bool = dataclasses.field(default=False, compare=False)
+    normed_bias: bool = dataclasses.field(default=False, compare=False)
 
     @classmethod
     def of(cls, config: DecoderConfig) -> "Graph":
@@ -43,8 +51,17 @@ class Graph:
           InputError: a model whose sources do not add up to the stream, or that has no tokens or no logits.
         """
         _check(config)
-        heads = config.n_heads, config.n_kv_heads
-        return cls(config.n_layers, *heads, config.d_mlp > 0, config.parallel, config.n_experts)
+        follows = config.norms in ("output", "sandwich")
+        return cls(
+            config.n_layers,
+            config.n_heads,
+            config.n_kv_heads,
+            config.d_mlp > 0,
+            config.parallel,
+            config.n_experts,
+            coupled=follows or config.qk_norm == "whole",
+            normed_bias=follows and config.o_bias,
+        )
 
     @property
     def layer_sources(self) -> int:
@@ -118,28 +135,80 @@ class Graph:
     def _places(self) -> tuple[dict[str, int], dict[str, int]]:
         return {name: i for i, name in enumerate(self.sources)}, {name: i for i, name in enumerate(self.readers)}
 
-    def mask(self, edges) -> np.ndarray:
-        """Boolean `[source reader]` with the named edges."""
-        out = np.zeros((self.n_sources, self.n_readers), bool)
+    def mask(self, edges: Iterable[str], n_pos: int | None = None) -> np.ndarray:
+        """Boolean `[source reader]` with the named edges.
+
+        Args:
+          n_pos: for circuits of token edges, `[source reader pos]`: an edge `source->reader@3` is read at position 3
+            alone, one without `@` at all of them.
+
+        Raises:
+          InputError: no such edge or position.
+        """
+        out = np.zeros((self.n_sources, self.n_readers, *(() if n_pos is None else (n_pos,))), bool)
         for edge in edges:
-            out[self.index(edge)] = True
+            name, _, at = edge.partition("@")
+            if at and (n_pos is None or not at.isdecimal() or int(at) >= n_pos):
+                have = "no positions: give n_pos" if n_pos is None else f"positions 0 to {n_pos - 1}"
+                raise InputError(f"edge {edge!r} names a position, and this mask has {have}")
+            out[(*self.index(name), int(at))[: out.ndim] if at else self.index(name)] = True
         return out
 
     def names(self, mask: np.ndarray) -> list[str]:
-        """The names of the edges in a mask."""
-        return [f"{self.sources[s]}->{self.readers[r]}" for s, r in np.argwhere(mask & self.edges)]
+        """The names of the edges in a mask; of token edges `source->reader@pos`."""
+        found = np.argwhere(mask & self.edges_like(mask))
+        return [f"{self.sources[s]}->{self.readers[r]}" + "".join(f"@{p}" for p in at) for s, r, *at in found]
 
-    def prune(self, mask: np.ndarray) -> np.ndarray:
-        """Drops edges that no path from the input to the logits uses.
+    def edges_like(self, values: np.ndarray) -> np.ndarray:
+        """`edges`, at every position where the values have a position axis.
 
-        A head is alive when its value is read from something alive; its queries and keys alone carry nothing.
+        Raises:
+          InputError: an array of another graph.
         """
-        mask = mask & self.edges
-        while True:
-            kept = mask & self._reached(mask)[:, None] & self._useful(mask)[None, :]
-            if (kept == mask).all():
-                return kept
-            mask = kept
+        if values.ndim not in (2, 3) or values.shape[:2] != self.edges.shape:
+            raise InputError(f"this graph has {self.edges.shape} [source reader]; the array given is {values.shape}")
+        return self.edges if values.ndim == 2 else np.broadcast_to(self.edges[:, :, None], values.shape)
+
+    def prune(self, mask: np.ndarray, *, ablation: Any = "resample") -> np.ndarray:
+        """Drops the edges that change no run of the circuit (`mi_jax.circuits.graph.paths.prune`).
+
+        Args:
+          mask: `[source reader]`, or `[source reader pos]`.
+          ablation: what the edges outside carry, as in `ablation_values`.
+        """
+        return paths.prune(self, mask, ablation=ablation)
+
+    @functools.cached_property
+    def own_readers(self) -> np.ndarray:
+        """True where a reader is part of a source, `[source reader]`.
+
+        A head has its query and the key and value of its group, an MLP or an expert its layer's `m`.
+        """
+        out = np.zeros((self.n_sources, self.n_readers), bool)
+        for s, name in enumerate(self.sources[1:], 1):
+            out[s, self.reader_rows(name)] = True
+        return out
+
+    @functools.cached_property
+    def computes_from(self) -> np.ndarray:
+        """True where what a source writes depends on what a reader reads, `[source reader]`.
+
+        These are its own readers, and where heads are `coupled` those of all heads of its layer.
+        """
+        out = self.own_readers.copy()
+        for layer in range(self.n_layers if self.coupled else 0):
+            first = 1 + layer * self.layer_sources
+            out[first : first + self.n_heads] |= out[first : first + self.n_heads].any(0)
+        return out
+
+    @functools.cached_property
+    def reader_layers(self) -> np.ndarray:
+        """The layer in which every reader reads; the number of layers for the logits. `[reader]`."""
+        return np.append(np.repeat(np.arange(self.n_layers), self.layer_readers), self.n_layers)
+
+    def to_json(self, mask: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+        """Nodes and edges of a circuit, for drawing (`mi_jax.circuits.graph.drawing.circuit_json`)."""
+        return drawing.circuit_json(self, mask, scores)
 
     def reader_rows(self, name: str) -> list[int]:
         """Readers that a source (a head, an MLP or an expert) computes from."""
@@ -151,56 +220,6 @@ class Graph:
         group = int(head) * self.n_kv_heads // self.n_heads
         k = base + self.n_heads + group
         return [base + int(head), k, k + self.n_kv_heads]
-
-    def _reached(self, mask: np.ndarray) -> np.ndarray:
-        alive = np.zeros(self.n_sources, bool)
-        alive[0] = True
-        for i, name in enumerate(self.sources[1:], 1):
-            alive[i] = bool((mask[:, self.reader_rows(name)[-1]] & alive).any())
-        return alive
-
-    def _useful(self, mask: np.ndarray) -> np.ndarray:
-        useful = np.zeros(self.n_readers, bool)
-        useful[-1] = True
-        for i in range(self.n_sources - 1, 0, -1):
-            if (mask[i] & useful).any():
-                useful[self.reader_rows(self.sources[i])] = True
-        return useful
-
-    def to_json(self, mask: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-        """Nodes and edges of a circuit, for drawing: `{"nodes": [...], "edges": [...]}`.
-
-        Scores are positive where an edge supports the metric, as `edge_scores` are. A key or value that a group of
-        heads shares is drawn into every head of the group that the circuit has, what a mixture reads into every expert.
-        """
-        found = np.argwhere(mask & self.edges)
-        present = {self.sources[s] for s, _ in found}
-        edges = []
-        for s, r in found:
-            reader, _, letter = self.readers[r].rstrip(">").partition("<")
-            kind = letter or ("logits" if reader == "logits" else "mlp")
-            for target in self._drawn_into(reader, letter, present):
-                edges.append({"from": self.sources[s], "to": target, "input": kind, "score": float(scores[s, r])})
-        names = dict.fromkeys(["input", *(e["from"] for e in edges), *(e["to"] for e in edges), "logits"])
-        return {"nodes": [self._node(name) for name in names], "edges": edges}
-
-    def _drawn_into(self, reader: str, letter: str, present: set[str]) -> list[str]:
-        """The sources that a reader is part of, those of the circuit if there are any."""
-        if letter in ("k", "v"):
-            layer, _, shared = reader[1:].partition(".h")
-            group = self.n_heads // self.n_kv_heads
-            parts = [f"a{layer}.h{int(shared) * group + i}" for i in range(group)]
-        elif reader[0] == "m" and self.n_experts:
-            parts = [f"{reader}.e{i}" for i in range(self.n_experts)]
-        else:
-            return [reader]
-        return [part for part in parts if part in present] or parts[:1]
-
-    def _node(self, name: str) -> dict[str, Any]:
-        if name in ("input", "logits"):
-            return {"name": name, "layer": -1 if name == "input" else self.n_layers, "kind": name}
-        kind = "head" if name[0] == "a" else "expert" if ".e" in name else "mlp"
-        return {"name": name, "layer": int(name[1:].partition(".")[0]), "kind": kind}
 
 
 def _check(config: DecoderConfig) -> None:

@@ -64,6 +64,21 @@ def shares(
     return (exact * (scale * weight[None, None, :])[None]).astype(parts.dtype)
 
 
+def unsourced(graph: Graph, params: Block) -> tuple[Float[Array, "1 1 d_model"], Float[Array, "1 1 d_model"]]:
+    """What the attention and the MLP of a layer add to the stream that is no source's: biases.
+
+    Not where a norm follows a bias of the heads (`Graph.normed_bias`): what it leaves of the bias depends on the run.
+    """
+    attn, norm = params.attn.o_bias, params.attn_post_norm
+    if norm is not None and norm.weight is not None:
+        attn = norm.bias
+    norm = params.mlp_post_norm
+    mlp = norm.bias if norm is not None and graph.n_experts else None
+    none = jnp.zeros(params.attn.o.shape[-1], params.attn.o.dtype)
+    first, second = (widened(none if bias is None else bias)[None, None] for bias in (attn, mlp))
+    return first, second
+
+
 class PlainRun(eqx.Module):
     """A run without edits.
 

@@ -3,15 +3,11 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.circuits.answer import at_answer
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.kept import circuit_stream
-from mi_jax.circuits.masked import head_logits, masked_stream
 from mi_jax.circuits.measures import kl_divergence, prediction
-from mi_jax.circuits.needed import Needs
-from mi_jax.circuits.shared import Shared, has_constant_rest, shared, shared_with_run
+from mi_jax.circuits.runs.masked import embedded, head_logits, masked_stream
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
@@ -24,36 +20,23 @@ _ROWS_TOGETHER = 80
 def run_circuits(
     model: Decoder,
     task: Task,
-    patch: Array | None,
+    patch: Float[Array, "source batch pos d_model"],
     chunks: Int[Array, ""],
-    masks: tuple[Array, ...],
-    needs: tuple[Needs, ...],
+    masks: list[Bool[Array, "chunk circuit source reader *pos"]],
+    computed: list[Bool[Array, "chunk circuit layer"]],
 ) -> tuple[Array, ...]:
     """Numbers of the first `chunks` chunks, and anything after them.
 
     Args:
-      patch: what ablated sources write; None for what they write in the corrupt prompts (`splits_by_run`).
-      masks: circuits in chunks, their sources in bits, and the circuits that they are compared with, if not with the
-        whole model.
-      needs: of each, or empty: then all is computed.
+      patch: what ablated sources write.
+      masks: circuits in chunks, and the circuits that they are compared with, if not with the whole model.
+      computed: of each the layers that are run, or empty: then all are.
     """
-    common = last = None
     # values that were given may have another dtype than the stream that they go into
-    patch = None if patch is None else patch.astype(model.embedded(task.clean)[0].dtype)
-    if patch is None:
-        common, last = shared_with_run(model, task.clean, task.corrupt, task.mask)
-    elif has_constant_rest(model):
-        common = shared(model, task.clean, patch)
-    streams = [
-        _streams(model, task, common, patch, chunks, *each)
-        for each in zip(masks, needs or (None,) * len(masks), strict=True)
-    ]
-    whole = None
-    if len(masks) == 1:
-        if last is None:
-            whole = model(task.clean, task.mask, output_pos=task.position)
-        else:
-            whole = head_logits(model, at_answer(last, task.position, 1))
+    patch = patch.astype(embedded(model, task.clean).dtype)
+    rows = zip(masks, computed or (None,) * len(masks), strict=True)
+    streams = [_streams(model, task, patch, chunks, *row) for row in rows]
+    whole = model(task.clean, task.mask, output_pos=task.position) if len(masks) == 1 else None
     return compared(model, task, streams, whole, chunks * masks[0].shape[1])
 
 
@@ -101,33 +84,23 @@ def compared(
 
 
 def _streams(
-    model: Decoder,
-    task: Task,
-    common: Shared | None,
-    patch: Array | None,
-    chunks: Array,
-    masks: Array,
-    needs: Needs | None,
+    model: Decoder, task: Task, patch: Array, chunks: Array, masks: Array, computed: Array | None
 ) -> Float[Array, "circuit batch 1 d_model"]:
     """What the logits of every circuit are read from."""
     edges = jnp.asarray(Graph.of(model.config).edges)
-    edges, dtype = edges if masks.ndim == 4 else edges[:, :, None], model.embedded(task.clean)[0].dtype
+    edges = edges if masks.ndim == 4 else edges[:, :, None]
 
-    def one(packed, needs):
-        mask = jnp.unpackbits(packed, axis=0, count=len(edges)).astype(bool)
-        if common is not None:
-            kept = (edges & mask).astype(dtype)
-            return circuit_stream(model, common, kept, task.mask, task.position, needs)
-        assert patch is not None
-        cut = (edges & ~mask).astype(dtype)
-        return masked_stream(model, task.clean, cut, patch, task.mask, output_pos=task.position)
+    def one(mask, layers):
+        cut = (edges & ~mask).astype(patch.dtype)
+        options = {"output_pos": task.position, "computed": layers, "remat": False}
+        return masked_stream(model, task.clean, cut, patch, task.mask, **options)
 
     def chunk(i):
-        mine = None if needs is None else jax.tree.map(lambda a: a[i, 0], needs)
+        mine = None if computed is None else computed[i, 0]
         # a batch of one is left as it is: vmap would turn its matrix products into batched ones
         return one(masks[i, 0], mine)[None] if masks.shape[1] == 1 else jax.vmap(lambda m: one(m, None))(masks[i])
 
     batch, d_model = task.clean.shape[0], model.config.d_model
-    empty = jnp.zeros((*masks.shape[:2], batch, 1, d_model), dtype)
+    empty = jnp.zeros((*masks.shape[:2], batch, 1, d_model), patch.dtype)
     found = jax.lax.fori_loop(0, chunks, lambda i, out: out.at[i].set(chunk(i)), empty)
     return found.reshape(-1, batch, 1, d_model)

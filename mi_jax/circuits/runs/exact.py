@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.ablation import ablation_values
-from mi_jax.circuits.answer import AnswerLayout
-from mi_jax.circuits.exact_from_base import exact_from_base
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.sources import PlainRun, plain_run
+from mi_jax.circuits.runs.answer import AnswerLayout
+from mi_jax.circuits.runs.exact_from_base import exact_from_base
+from mi_jax.circuits.runs.sources import PlainRun, plain_run
 from mi_jax.core.errors import InputError
 from mi_jax.core.taps import Tap
 from mi_jax.data.task import Task

@@ -15,10 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.ablation import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.needed import needed
-from mi_jax.circuits.runs_program import run_circuits
-from mi_jax.circuits.search.layers import depend_on_each_other
-from mi_jax.circuits.shared import has_constant_rest, splits_by_run
+from mi_jax.circuits.graph.paths import layers_on_paths
+from mi_jax.circuits.runs.program import run_circuits
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
@@ -73,8 +71,8 @@ def circuit_runs(
       references: as many circuits, each the one that the KL divergence of its partner is from; None is the whole model.
       ablation: what the other edges carry, see `ablation_values`.
       reference_task: prompts that mean ablations are taken over.
-      batch_size: circuits at once, which bounds the memory; None: one on a CPU, eight on an accelerator. Beside it the
-        projections of all layers are held a second time, and values of ablated sources that are not resampled.
+      batch_size: circuits at once, which bounds the memory; None: one on a CPU, eight on an accelerator. One at a time,
+        layers without a source on a path of kept edges are left out.
 
     Raises:
       InputError: masks that do not fit the graph of the model, or no circuits at once.
@@ -89,15 +87,11 @@ def circuit_runs(
             f"circuits and references go in pairs of one kind, with a position axis or without; got circuits "
             f"{masks.shape} and references {others.shape}"
         )
-    resampled = isinstance(ablation, str) and ablation == "resample"
-    # the run of the corrupt prompts is then made together with the clean one
-    with_run = resampled and has_constant_rest(model) and splits_by_run(model)
-    patch = None if with_run else ablation_values(model, task, ablation, reference_task)
     chosen, back = _distinct(masks if others is None else np.stack([masks, others], 1))
     known = np.zeros(len(chosen), bool)
     if others is None:
         # the whole graph is the model, which is run anyway
-        known = (masks[chosen] == _everywhere(graph, masks)).reshape(len(chosen), -1).all(1)
+        known = (masks[chosen] == graph.edges_like(masks[0])).reshape(len(chosen), -1).all(1)
     if known.all():
         # one run is needed to learn what the model does
         known[0] = False
@@ -108,13 +102,10 @@ def circuit_runs(
     room = max(-(-_ROOM // batch_size), 1 << (chunks - 1).bit_length())
     kinds = [m[chosen] for m in (masks, others) if m is not None]
     # circuits that run side by side are computed whole
-    dependent = depend_on_each_other(model.config)
-    each = kinds if batch_size == 1 else []
-    needs = [needed(graph, m, from_input=resampled, dependent=dependent) for m in each]
-    # in bits, of which there are fewer to clear and to move
-    kinds = [np.packbits(m, axis=1) for m in kinds]
-    stacked = jax.tree.map(lambda m: _chunked(m, room, batch_size), (tuple(kinds), tuple(needs)))
-    out = run_circuits(model, task, patch, jnp.asarray(chunks, jnp.int32), *stacked)
+    computed = [np.stack([layers_on_paths(graph, m, ablation=ablation) for m in kind]) for kind in kinds]
+    rows = jax.tree.map(lambda m: _chunked(m, room, batch_size), (kinds, computed if batch_size == 1 else []))
+    patch = ablation_values(model, task, ablation, reference_task)
+    out = run_circuits(model, task, patch, jnp.asarray(chunks, jnp.int32), *rows)
     runs = CircuitRuns(*(np.asarray(x)[:n] for x in out))
     return _with_model(runs, known)[back]
 
@@ -140,11 +131,6 @@ def _distinct(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(back, return_index=True)[1], back
 
 
-def _everywhere(graph: Graph, masks: np.ndarray) -> np.ndarray:
-    """The edges of the graph against stacked masks, which may have a position axis."""
-    return graph.edges if masks.ndim == 3 else graph.edges[:, :, None]
-
-
 def _stacked(graph: Graph, circuits: Sequence[np.ndarray] | np.ndarray, task: Task) -> np.ndarray:
     if len(circuits) == 0:
         raise InputError("no circuit to run: give at least one boolean mask [source reader]")
@@ -158,7 +144,7 @@ def _stacked(graph: Graph, circuits: Sequence[np.ndarray] | np.ndarray, task: Ta
     masks = np.stack([np.asarray(c) for c in circuits])
     if masks.dtype != bool:
         raise InputError(f"circuits are boolean masks, got {masks.dtype}; choose edges of scores with `top_edges`")
-    return masks & _everywhere(graph, masks)
+    return masks & graph.edges_like(masks[0])
 
 
 def _chunked(masks: np.ndarray, room: int, batch_size: int) -> Array:
