@@ -25,7 +25,7 @@ def masked_layer(
     number: Int[Array, ""] | int,
     base: Float[Array, "batch pos d_model"],
     terms: Sequence[tuple[Array, Array]],
-    to_mlp: Float[Array, "head 1 *pos"],
+    to_mlp: Float[Array, "1 head *pos"],
     patch: Float[Array, "source batch pos d_model"],
     layout: Layout,
     *,
@@ -35,7 +35,7 @@ def masked_layer(
 
     Args:
       base: the ablated stream before the layer.
-      terms: of some sources before the layer each, the weights of their edges into its readers `[some reader *pos]`,
+      terms: of some sources before the layer each, the weights of their edges into its readers `[reader some *pos]`,
         and by how much they differ from the patch `[some batch pos d_model]`.
       to_mlp: weights of the edges from the layer's heads to its MLP.
       patch: what the layer's sources write where they are ablated.
@@ -60,19 +60,18 @@ def masked_layer(
 
 
 def weighted(
-    weights: Float[Array, "source reader"] | Float[Array, "source reader pos"],
-    values: Float[Array, "source batch pos d_model"],
+    weights: Float[Array, "reader source *pos"], values: Float[Array, "source batch pos d_model"]
 ) -> Float[Array, "reader batch pos d_model"]:
     """For every reader the weighted sum over the sources."""
-    return jnp.einsum("srp,sbpd->rbpd" if weights.ndim == 3 else "sr,sbpd->rbpd", weights, values)
+    return jnp.einsum("rsp,sbpd->rbpd" if weights.ndim == 3 else "rs,sbpd->rbpd", weights, values)
 
 
 def weighted_at(
-    weights: Float[Array, "source reader *pos"], values: Float[Array, "source batch query d_model"], layout: Layout
+    weights: Float[Array, "reader source *pos"], values: Float[Array, "source batch query d_model"], layout: Layout
 ) -> Float[Array, "reader batch query d_model"]:
     """`weighted`, of values at the positions that ask."""
     if weights.ndim == 3 and isinstance(layout, AnswerLayout):
-        return jnp.einsum("srb,sbpd->rbpd", weights[:, :, layout.answer], values)
+        return jnp.einsum("rsb,sbpd->rbpd", weights[:, :, layout.answer], values)
     return weighted(weights, values)
 
 
@@ -86,10 +85,10 @@ def _reads(graph: Graph, terms: Sequence[tuple[Array, Array]], layout: Layout) -
     h, kv = graph.n_heads, graph.n_kv_heads
     if isinstance(layout, AnswerLayout):
         # queries and the MLP at one position, keys and values at all
-        apart = [jnp.concatenate([w[:, :h], w[:, h + 2 * kv :]], 1) for w, _ in terms]
+        apart = [jnp.concatenate([w[:h], w[h + 2 * kv :]]) for w, _ in terms]
         asked = _sum([weighted_at(w, asking(d, layout), layout) for w, (_, d) in zip(apart, terms, strict=True)])
         queries, mlp = asked[:h], asked[h:]
-        seen = _sum([weighted(w[:, h : h + 2 * kv], d) for w, d in terms])
+        seen = _sum([weighted(w[h : h + 2 * kv], d) for w, d in terms])
     else:
         everything = _sum([weighted(w, d) for w, d in terms])
         queries, seen, mlp = everything[:h], everything[h : h + 2 * kv], everything[h + 2 * kv :]

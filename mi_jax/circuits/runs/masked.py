@@ -91,10 +91,10 @@ def start(model: Decoder, tokens: Array, patch: Array) -> tuple[Array, tuple[Arr
     return base, ((widened(embedded(model, tokens)) - base)[None],)
 
 
-def kept_weights(graph: Graph, edges: Float[Array, "source reader *pos"]) -> Float[Array, "source reader *pos"]:
-    """The weights of what is not ablated."""
+def kept_weights(graph: Graph, edges: Float[Array, "source reader *pos"]) -> Float[Array, "reader source *pos"]:
+    """The weights of what is not ablated; readers first, so that a product with them is nearly twice as fast."""
     exists = jnp.asarray(graph.edges).reshape(*graph.edges.shape, *(1,) * (edges.ndim - 2))
-    return jnp.where(exists, 1 - widened(edges), 0)
+    return jnp.moveaxis(jnp.where(exists, 1 - widened(edges), 0), 0, 1)
 
 
 def chunks(n_layers: int, size: int | None = None) -> list[range]:
@@ -120,27 +120,28 @@ def _chunk(
     first, begin = 1 + layers.start * per_layer, layers.start * readers
     last = first + n * per_layer
     own = jnp.zeros((n * per_layer, *base.shape), base.dtype)
-    if layers.start == 0:
-        # a product over one source would be fused into all that reads it, and made again for each
+    if layers.start == 0 or not remat:
+        # without a gradient one product is faster than one for every chunk; and a product over one source would be
+        # fused into all that reads it, and made again for each
         earlier, own = (), jnp.concatenate([*earlier, own])
     starts = [sum(len(d) for d in earlier[:i]) for i in range(len(earlier) + 1)]
     bounds = list(zip(starts, [*starts[1:], last], strict=True))
-    by_layer = kept[:last, begin : begin + n * readers].reshape(last, n, readers, *kept.shape[2:])
+    by_layer = kept[begin : begin + n * readers, :last].reshape(n, readers, last, *kept.shape[2:])
 
     def body(carry, row):
         base, own = carry
         number, weights, run = row
         at = (number - layers.start) * per_layer
-        terms = [(weights[a:b], d) for (a, b), d in zip(bounds, (*earlier, own), strict=True)]
+        terms = [(weights[:, a:b], d) for (a, b), d in zip(bounds, (*earlier, own), strict=True)]
         patched = jax.lax.dynamic_slice_in_dim(patch, first + at, per_layer)
-        to_mlp = jax.lax.dynamic_slice_in_dim(weights, first + at, graph.n_heads)[:, -1:]
+        to_mlp = jax.lax.dynamic_slice_in_dim(weights[-1:], first + at, graph.n_heads, 1)
         base, written = masked_layer(model, number, base, terms, to_mlp, patched, Prompts(mask), computed=run)
         return (base, jax.lax.dynamic_update_slice_in_dim(own, written, first - starts[-1] + at, 0)), None
 
     numbers = jnp.asarray(list(layers), jnp.int32)
     run = None if computed is None else computed[layers.start : layers.stop]
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
-    (base, own), _ = jax.lax.scan(step, (base, own), (numbers, jnp.moveaxis(by_layer, 1, 0), run))
+    (base, own), _ = jax.lax.scan(step, (base, own), (numbers, by_layer, run))
     return base, (*earlier, own)
 
 
@@ -150,12 +151,12 @@ def stream_dtype(model: Decoder) -> jnp.dtype:
 
 
 def into_logits(
-    kept: Float[Array, "source reader *pos"], asked: Sequence[Array], layout: Layout
+    kept: Float[Array, "reader source *pos"], asked: Sequence[Array], layout: Layout
 ) -> Float[Array, "batch query d_model"]:
     """What the edges into the logits add to the ablated stream, from the differences of all sources at what asks."""
     terms, start = [], 0
     for values in asked:
-        terms.append(weighted_at(kept[start : start + len(values), -1:], values, layout)[0])
+        terms.append(weighted_at(kept[-1:, start : start + len(values)], values, layout)[0])
         start += len(values)
     return sum(terms[1:], terms[0])
 

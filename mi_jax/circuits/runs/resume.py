@@ -74,9 +74,9 @@ def resumed_stream(
 
     def last() -> tuple[Array, Array]:
         # the last layer computes what the logits read of it alone
-        begin, columns = len(patch) - graph.layer_sources, kept[:, -1 - graph.layer_readers : -1]
-        to_mlp = columns[begin : begin + graph.n_heads, -1:]
-        terms = [(columns[:begin], differences[:begin])]
+        begin, rows = len(patch) - graph.layer_sources, kept[-1 - graph.layer_readers : -1]
+        to_mlp = rows[-1:, begin : begin + graph.n_heads]
+        terms = [(rows[:, :begin], differences[:begin])]
         after, written = masked_layer(model, n_layers - 1, base, terms, to_mlp, patch[begin:], layout)
         return after, jnp.concatenate([asking(differences[:begin], layout), written])
 
@@ -93,11 +93,11 @@ def _advanced(
     """The state after one more layer; sources that are not yet written have no edge into it."""
     graph = Graph.of(model.config)
     first = 1 + number * graph.layer_sources
-    columns = jax.lax.dynamic_slice_in_dim(kept, number * graph.layer_readers, graph.layer_readers, 1)
-    to_mlp = jax.lax.dynamic_slice_in_dim(columns, first, graph.n_heads)[:, -1:]
+    rows = jax.lax.dynamic_slice_in_dim(kept, number * graph.layer_readers, graph.layer_readers)
+    to_mlp = jax.lax.dynamic_slice_in_dim(rows[-1:], first, graph.n_heads, 1)
     # of the layer's own heads the MLP reads what they write now, not what they wrote in the stored run
-    none = jnp.zeros((graph.n_heads, *columns.shape[1:]), columns.dtype)
-    terms = [(jax.lax.dynamic_update_slice_in_dim(columns, none, first, 0), differences)]
+    none = jnp.zeros((len(rows), graph.n_heads, *rows.shape[2:]), rows.dtype)
+    terms = [(jax.lax.dynamic_update_slice_in_dim(rows, none, first, 1), differences)]
     patched = jax.lax.dynamic_slice_in_dim(patch, first, graph.layer_sources)
     base, written = masked_layer(model, number, base, terms, to_mlp, patched, Prompts(mask))
     return base, jax.lax.dynamic_update_slice_in_dim(differences, written, first, 0)
