@@ -1,6 +1,6 @@
 """Which tokens' activations count: known from the tokens alone, before any model runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -12,14 +12,15 @@ def usable_tokens(
     tokens: Int[np.ndarray, "context pos"],
     *,
     mask: Bool[np.ndarray, "mask_context mask_pos"] | None = None,
-    special_ids: Sequence[int] = (),
+    special_ids: int | Iterable[int] = (),
     skip_positions: int = 1,
 ) -> Bool[np.ndarray, "context pos"]:
     """True where an activation is to be used.
 
     Args:
       mask: False at padding.
-      special_ids: tokens to leave out, such as those of the beginning of a text, its end, and padding.
+      special_ids: tokens to leave out, such as those of the beginning of a text, its end, and padding: usually
+        `Tokenizer.special_ids`.
       skip_positions: how many tokens to leave out at the start of each context. The first owns the variance of the
         residual stream in most language models, whichever token it is.
 
@@ -30,8 +31,12 @@ def usable_tokens(
         raise InputError(f"the mask has shape {mask.shape}, the tokens {tokens.shape}; both are [context pos]")
     if skip_positions < 0:
         raise InputError(f"skip_positions={skip_positions}; it is 0 or more")
-    usable = np.ones(tokens.shape, bool) if mask is None else mask.copy()
-    if special_ids:
-        usable &= ~np.isin(tokens, np.asarray(special_ids))
+    usable = np.ones(tokens.shape, bool) if mask is None else np.array(mask, bool)
+    usable &= ~np.isin(tokens, token_ids(special_ids))
     usable[:, :skip_positions] = False
     return usable
+
+
+def token_ids(ids: int | Iterable[int]) -> list[int]:
+    """One token or any collection of tokens, a set or an array too, each once and in order."""
+    return sorted({int(token) for token in ((ids,) if isinstance(ids, int | np.integer) else ids)})
