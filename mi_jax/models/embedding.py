@@ -7,7 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.models.config import DecoderConfig, PatchConfig
@@ -39,6 +39,12 @@ def embed_tokens(
         _check_ids(types, model.config.n_token_types, model.config.name, "token types")
         x = x + _rows(model.type_embed, types)
     return x
+
+
+def places(mask: Bool[Array, "batch pos"]) -> Int[Array, "batch pos"]:
+    """Positions of the tokens as the model counts them: from the first real token on, wherever a prompt is padded."""
+    first = jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
+    return jnp.maximum(jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :] - first, 0)
 
 
 def check_tokens(config: DecoderConfig, tokens: Int[Array, "batch pos"]) -> None:
