@@ -80,10 +80,12 @@ def contexts(
         rows = [tokenizer.framed(row) if row else row for row in rows]
     wanted = held_out_fraction * sum(map(len, rows))
     held: list[int] = []
+    n_held = 0
     for i in np.random.default_rng(seed).permutation(len(rows)):
         # a document that would overshoot is skipped, so that a few long ones do not take the training text
-        if sum(len(rows[j]) for j in held) + len(rows[i]) <= wanted:
+        if n_held + len(rows[i]) <= wanted:
             held.append(int(i))
+            n_held += len(rows[i])
 
     training = set(range(len(rows))) - set(held)
     split = Contexts(*(_packed([rows[i] for i in sorted(side)], first, length) for side in (training, held)))

@@ -140,11 +140,10 @@ def around(bpe: _BPE) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (), ()
     # any text will do that has a token
     for text in ("a", "1", ".", *sorted(bpe.get_vocab(with_added_tokens=False))[:100]):
-        plain = bpe.encode(text, add_special_tokens=False).ids
-        ids = bpe.encode(text, add_special_tokens=True).ids
-        for start in range(len(ids) - len(plain) + 1) if plain else ():
-            if ids[start : start + len(plain)] == plain:
-                return tuple(ids[:start]), tuple(ids[start + len(plain) :])
+        encoded = bpe.encode(text, add_special_tokens=True)
+        of_text = [i for i, special in enumerate(encoded.special_tokens_mask) if not special]
+        if of_text:
+            return tuple(encoded.ids[: of_text[0]]), tuple(encoded.ids[of_text[-1] + 1 :])
     return (), ()
 
 

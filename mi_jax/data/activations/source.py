@@ -1,7 +1,7 @@
 """Activations that a language model computes: one forward for several sites, ended after the last layer asked for."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -29,7 +29,7 @@ class ModelSource:
         sites: str | At | Sequence[str | At],
         *,
         mask: Bool[np.ndarray, "context pos"] | None = None,
-        special_ids: int | Iterable[int] = (),
+        special_ids: SupportsIndex | Iterable[SupportsIndex] = (),
         skip_positions: int = 1,
         outlier_ratio: float | None = 10.0,
         contexts_per_chunk: int = 32,

@@ -1,6 +1,7 @@
 """Which tokens' activations count: known from the tokens alone, before any model runs."""
 
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -12,7 +13,7 @@ def usable_tokens(
     tokens: Int[np.ndarray, "context pos"],
     *,
     mask: Bool[np.ndarray, "mask_context mask_pos"] | None = None,
-    special_ids: int | Iterable[int] = (),
+    special_ids: SupportsIndex | Iterable[SupportsIndex] = (),
     skip_positions: int = 1,
 ) -> Bool[np.ndarray, "context pos"]:
     """True where an activation is to be used.
@@ -37,6 +38,6 @@ def usable_tokens(
     return usable
 
 
-def token_ids(ids: int | Iterable[int]) -> list[int]:
+def token_ids(ids: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
     """One token or any collection of tokens, a set or an array too, each once and in order."""
-    return sorted({int(token) for token in ((ids,) if isinstance(ids, int | np.integer) else ids)})
+    return sorted({int(token) for token in (ids if isinstance(ids, Iterable) else (ids,))})

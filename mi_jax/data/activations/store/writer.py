@@ -8,7 +8,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ def write_activations(
     key: PRNGKeyArray,
     documents: Int[np.ndarray, "document_context document_pos"] | None = None,
     mask: Bool[np.ndarray, "context pos"] | None = None,
-    special_ids: int | Iterable[int] = (),
+    special_ids: SupportsIndex | Iterable[SupportsIndex] = (),
     skip_positions: int = 1,
     outlier_ratio: float | None = 10.0,
     dtype: str = "bfloat16",
