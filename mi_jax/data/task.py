@@ -1,5 +1,6 @@
 """A behaviour as data: clean and counterfactual prompts, and what counts as doing the task."""
 
+import warnings
 from typing import Any, Literal
 
 import equinox as eqx
@@ -12,6 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mi_jax.core.errors import InputError
 
 Measure = Literal["logit-difference", "probability-difference"]
+
+
+class TaskWarning(UserWarning):
+    """A task with which something can be computed that means little."""
 
 
 class Task(eqx.Module):
@@ -174,3 +179,14 @@ def _options(values: Array, tokens: Array, weight: Array | None, *, empty: Any) 
     if weight is None:
         return picked
     return jnp.where(weight.reshape(picked.shape) != 0, picked, jnp.asarray(empty, picked.dtype))
+
+
+def warn_unless_done(name: str, clean: float, corrupt: float) -> None:
+    """Says so where a model does not do a task: its metric, mean over pairs, is no larger on the clean prompts."""
+    if not clean > corrupt:
+        message = (
+            f"the model does not do task {name!r}: its metric is {clean:.4g} on the clean prompts and {corrupt:.4g} on "
+            "the counterfactual ones (or with everything ablated), so what is found explains little. See whether the "
+            "prompts are what the model was trained with: its own tokenizer, and the first token that this one adds"
+        )
+        warnings.warn(message, TaskWarning, stacklevel=3)

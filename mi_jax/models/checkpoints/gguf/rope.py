@@ -40,8 +40,8 @@ def scaling_from_metadata(meta: Metadata, n_ctx: int) -> RopeScaling | None:
     if kind != "none" or gain != 1.0:
         raise CheckpointError(
             f"{meta.file.path}: rotary scaling {kind!r} with factor {factor:g}, attention factor {gain:g} and "
-            f"extrapolation {mixed:g} is not read; 'linear' and 'yarn' are, with a positive factor, 'linear' without an "
-            "attention factor"
+            f"extrapolation {mixed:g} is not read; 'linear' and 'yarn' are, with a positive factor, 'linear' without "
+            "an attention factor"
         )
     return None
 
