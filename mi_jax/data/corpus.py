@@ -67,7 +67,7 @@ def contexts(
       special_tokens: False leaves these out.
 
     Raises:
-      InputError: one text instead of a list, or a length that leaves no room for text.
+      InputError: one text instead of a list, a length that leaves no room for text, or a fraction that is none.
       TextError: too little text for one context on either side.
     """
     if isinstance(documents, str):
@@ -75,6 +75,8 @@ def contexts(
     first = list(tokenizer.before) if special_tokens else []
     if length <= len(first):
         raise InputError(f"a context of length={length} has no room for text; it has {len(first) + 1} tokens at least")
+    if not 0 < held_out_fraction < 1:
+        raise InputError(f"held_out_fraction={held_out_fraction:g}; it is above 0 and below 1")
     rows = [tokenizer.encode(document, special_tokens=False) for document in documents]
     if special_tokens:
         rows = [tokenizer.framed(row) if row else row for row in rows]

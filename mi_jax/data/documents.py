@@ -84,7 +84,7 @@ def _lines(path: str, text: str, field: str) -> Iterator[str]:
 
 def _column(path: str, field: str) -> list[str]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise TextError(f"{path}: reading Parquet needs pyarrow: pip install 'mi-jax[parquet]'") from None
     try:

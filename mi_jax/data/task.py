@@ -1,6 +1,7 @@
 """A behaviour as data: clean and counterfactual prompts, and what counts as doing the task."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import equinox as eqx
@@ -80,6 +81,9 @@ class Task(eqx.Module):
                 raise InputError(
                     f"task {self.name!r}: {kind} has shape {tokens.shape} and its weights have {weight.shape}"
                 )
+            counted = True if weight is None else weight != 0
+            if _readable(tokens) and _readable(weight) and (np.asarray(tokens < 0) & np.asarray(counted)).any():
+                raise InputError(f"task {self.name!r}: a token of its {kind} is below 0, where tokens begin")
         if all(_readable(x) for x in (self.mask, self.position)):
             self._check_padding(np.asarray(self.mask), np.asarray(self.position))
 
@@ -97,16 +101,39 @@ class Task(eqx.Module):
     def __len__(self) -> int:
         return self.clean.shape[0]
 
-    def __getitem__(self, rows: slice | np.ndarray | Array) -> "Task":
-        """The pairs of a slice, an index array or a boolean mask.
+    def __iter__(self) -> Iterator["Task"]:
+        """Pair after pair, each a task of its own."""
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, rows: int | slice | np.ndarray | Array) -> "Task":
+        """The pairs of a number, a slice, an index array or a boolean mask.
 
         Raises:
-          InputError: there are none.
+          InputError: there are none, or a number is out of range.
         """
+        if not isinstance(rows, slice):
+            rows = self._checked(rows)
         taken = jax.tree.map(lambda x: x[rows], self)
         if not len(taken):
             raise InputError(f"task {self.name!r} has {len(self)} pairs, and none is left")
         return taken
+
+    def _checked(self, rows: Any) -> Any:
+        """An index array in range: JAX takes another row where there is none."""
+        if isinstance(rows, jax.core.Tracer):
+            return rows
+        n, found = len(self), np.asarray(rows).reshape(-1)
+        if found.dtype == bool:
+            outside = len(found) != n
+        else:
+            found = found.astype(np.int64)
+            outside = found.size and not -n <= found.min() <= found.max() < n
+        if outside:
+            raise InputError(
+                f"task {self.name!r} has {n} pairs (0–{n - 1}); a mask has one value for each, got "
+                f"{'a mask of ' + str(len(found)) if found.dtype == bool else found.tolist()}"
+            )
+        return found
 
     @property
     def chance(self) -> float:
@@ -164,7 +191,7 @@ class Task(eqx.Module):
         return picked.mean(1) if mean else picked.sum(1)
 
 
-def _readable(x: Array) -> bool:
+def _readable(x: Any) -> bool:
     """Whether this process has all of an array's numbers."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 

@@ -72,10 +72,7 @@ class Tokenizer:
         Raises:
           InputError: not one row of ids.
         """
-        row = np.asarray(ids)
-        if row.ndim != 1 or (row.size and not (np.issubdtype(row.dtype, np.integer) and row.min() >= 0)):
-            raise InputError(f"decode takes the ids of one text, 0 or more each; got {row.dtype} of shape {row.shape}")
-        return self.bpe.decode(row.tolist(), skip_special_tokens=False)
+        return self.bpe.decode(_row(ids), skip_special_tokens=False)
 
     def strings(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Each token as it stands within a text, with the space that it begins with.
@@ -92,7 +89,7 @@ class Tokenizer:
             text = self.decode([*first, token])
             return text[len(start) :] if start and text.startswith(start) else self.decode([token])
 
-        return [string(int(i)) for i in ids]
+        return [string(i) for i in _row(ids)]
 
     def single(self, text: str) -> int:
         """The id of a piece of text that is one token.
@@ -132,6 +129,13 @@ class Tokenizer:
     @functools.cached_property
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return around(self.bpe)
+
+
+def _row(ids: Sequence[int] | np.ndarray) -> list[int]:
+    row = np.asarray(ids)
+    if row.ndim != 1 or (row.size and not (np.issubdtype(row.dtype, np.integer) and row.min() >= 0)):
+        raise InputError(f"one row of ids becomes text, each 0 or more; got {row.dtype} of shape {row.shape}")
+    return row.tolist()
 
 
 def around(bpe: _BPE) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -211,12 +215,12 @@ def _follow(bpe: _BPE, config: dict[str, Any], path: str) -> None:
         wanted, token = config.get(f"add_{name}_token"), _token(bpe, config, f"{name}_token")
         if not isinstance(wanted, bool):
             continue
-        if wanted and token is None:
+        if not wanted:
+            tokens[:] = [one for one in tokens if one != token]
+        elif token is None:
             raise CheckpointError(f"{path}: add_{name}_token is true, and {name}_token is no token of the vocabulary")
-        if wanted and token not in tokens:
+        elif token not in tokens:
             tokens.insert(place, token)
-        elif not wanted and token in tokens:
-            tokens.remove(token)
     if (tuple(before), tuple(after)) != found:
         frame(bpe, before, after)
 

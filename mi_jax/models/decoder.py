@@ -175,6 +175,10 @@ class Decoder(eqx.Module):
                 raise SiteError(
                     "output_pos drops positions: it does not go with edits or captures of the last two sites"
                 )
+            if jnp.shape(output_pos) != x.shape[:1]:
+                raise InputError(
+                    f"output_pos has one position for each of {x.shape[0]} prompts; got shape {jnp.shape(output_pos)}"
+                )
             x = jnp.take_along_axis(x, output_pos[:, None, None], axis=1)
         if self.final_norm is not None:
             x = tap("final_norm", self.final_norm(x))
@@ -197,6 +201,8 @@ class Decoder(eqx.Module):
 
 
 def _check_prompts(config: DecoderConfig, tokens: Array, mask: Array | None) -> None:
+    if not hasattr(tokens, "shape"):
+        raise InputError(f"tokens are an array [batch pos], such as jnp.asarray([[5, 9]]); got {type(tokens).__name__}")
     if tokens.ndim != 2 or (mask is not None and mask.shape != tokens.shape):
         shape = "no mask" if mask is None else f"a mask of shape {mask.shape}"
         raise InputError(

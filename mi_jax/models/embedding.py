@@ -49,6 +49,8 @@ def places(mask: Bool[Array, "batch pos"]) -> Int[Array, "batch pos"]:
 
 def check_tokens(config: DecoderConfig, tokens: Int[Array, "batch pos"]) -> None:
     """Raises InputError for tokens outside of the vocabulary, where their values are known."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"{config.name} takes tokens, which are integers; got {tokens.dtype}")
     hint = ": use the model's own tokenizer, and fill padding with any token that it has, such as 0"
     _check_ids(tokens, config.d_vocab, config.name, "tokens", hint)
 

@@ -52,7 +52,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop: int | Sequence[int] = (),
+    stop: int | Sequence[int] | None = (),
     key: PRNGKeyArray | None = None,
 ) -> Generated:
     """Continues prompts of any lengths, all in one compiled program; other values of the same shapes use it again.
@@ -80,17 +80,17 @@ def generate(
     decoder, taps, wanted = _unwrapped(model)
     _check(decoder, tokens, mask, max_new_tokens, temperature, top_k, top_p, key)
     check_positions(taps, tokens.shape[1])
-    stops = tuple(map(int, (stop,) if isinstance(stop, int | np.integer) else stop))
+    stops = _stops(decoder, stop)
     aligned = not stops and _same_places(mask)
     step_taps = {name: tuple(e for e in edits if _every_token(e, aligned=aligned)) for name, edits in taps.items()}
     step_taps = {name: edits for name, edits in step_taps.items() if edits}
     sampling = {
         "temperature": jnp.asarray(temperature, jnp.float32) if temperature else None,
-        "top_k": top_k,
+        "top_k": None if top_k is None else int(top_k),
         "top_p": None if top_p is None else jnp.asarray(top_p, jnp.float32),
     }
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    run = _Generation(decoder, taps, step_taps, sampling, wanted, max_new_tokens, stops)
+    run = _Generation(decoder, taps, step_taps, sampling, wanted, int(max_new_tokens), stops)
     made = jit(run)(tokens, mask, key=key if temperature else None)
     _check_finite(decoder, made)
     return made
@@ -230,6 +230,18 @@ def _unwrapped(model: Any) -> tuple[Decoder, dict[str, tuple[Edit, ...]], tuple[
     return model, taps, model.site_table.normalise(tuple(wanted))
 
 
+def _stops(decoder: Decoder, stop: Any) -> tuple[int, ...]:
+    if stop is None:
+        return ()
+    stops = tuple(map(int, (stop,) if isinstance(stop, int | np.integer) else stop))
+    if outside := [token for token in stops if not 0 <= token < decoder.config.d_vocab]:
+        raise InputError(
+            f"stop={outside[0]} is no token of {decoder.config.name}, which has {decoder.config.d_vocab} of them, so "
+            "no text would end there"
+        )
+    return stops
+
+
 def _every_token(edit: Edit, *, aligned: bool) -> bool:
     """Whether an edit is made at generated tokens too.
 
@@ -278,8 +290,13 @@ def _check_finite(decoder: Decoder, made: Generated) -> None:
 
 def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p, key) -> None:
     config = decoder.config
+    for name, number in (("max_new_tokens", n_new), ("top_k", top_k)):
+        if not (name == "top_k" and number is None) and not isinstance(number, int | np.integer):
+            raise InputError(f"{name} is a whole number, got {number!r}")
     if n_new < 1:
         raise InputError(f"max_new_tokens is at least 1, got {n_new}")
+    if not hasattr(tokens, "shape"):
+        raise InputError(f"tokens are an array [batch pos], such as jnp.asarray([[5, 9]]); got {type(tokens).__name__}")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise InputError(
             f"prompts have shape [batch pos], with at least one prompt of at least one token; got {tokens.shape}"
@@ -291,8 +308,8 @@ def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p
     check_tokens(config, tokens)
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature={temperature}: it is 0 for the most likely token, or a positive number")
-    if temperature and key is None:
-        raise InputError(f"temperature={temperature} draws tokens: pass key=jax.random.key(…)")
+    if temperature and not hasattr(key, "dtype"):
+        raise InputError(f"temperature={temperature} draws tokens: pass key=jax.random.key(…), got key={key!r}")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise InputError(f"top_k is at least 1 and top_p in (0, 1]; got top_k={top_k}, top_p={top_p}")
     if not temperature and not (top_k is None and top_p is None):

@@ -237,3 +237,20 @@ def test_a_choice_that_does_not_exist_is_named_without_a_type_checker():
     check_choices(Choice("rms"))
     with pytest.raises(ValueError, match="norm is one of rms, layer; got 'peri'"):
         check_choices(Choice("peri"))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([[1, 2]], {}, r"tokens are an array \[batch pos\], .*; got list"),
+        (jnp.ones((1, 3)), {}, "takes tokens, which are integers; got float32"),
+        (jnp.ones((1, 3), bool), {}, "takes tokens, which are integers; got bool"),
+        (jnp.ones((1, 3), int), {"output_pos": 2}, r"one position for each of 1 prompts; got shape \(\)"),
+        (jnp.ones((1, 3), int), {"output_pos": jnp.array([0, 1])}, r"each of 1 prompts; got shape \(2,\)"),
+    ],
+)
+def test_what_is_no_prompt_is_named(tokens, options, message, monkeypatch):
+    # as for a user: only tests check the types of arguments
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(InputError, match=message):
+        family("gpt2")(tokens, **options)

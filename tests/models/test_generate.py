@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -188,6 +189,12 @@ def test_other_values_of_the_same_shapes_use_the_same_program():
 
 REFUSED = [
     ({"max_new_tokens": 0}, r"max_new_tokens is at least 1, got 0"),
+    ({"max_new_tokens": 2.0}, r"max_new_tokens is a whole number, got 2.0"),
+    ({"temperature": 1.0, "key": 0}, r"temperature=1.0 draws tokens: pass key=.*got key=0"),
+    ({"temperature": 1.0, "key": jax.random.key(0), "top_k": 2.5}, r"top_k is a whole number, got 2.5"),
+    ({"stop": -1}, r"stop=-1 is no token of llama-like, which has 13 of them"),
+    ({"stop": (3, 13)}, r"stop=13 is no token of llama-like, which has 13 of them"),
+    ({"tokens": [[1, 2]], "mask": None}, r"tokens are an array \[batch pos\].*got list"),
     ({"max_new_tokens": 13}, r"4 tokens and 13 new ones are more than the context of llama-like, 16"),
     ({"temperature": 1.0}, r"temperature=1.0 draws tokens: pass key"),
     ({"temperature": -1.0, "key": jax.random.key(0)}, r"temperature=-1.0: it is 0 .* or a positive number"),
@@ -210,7 +217,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=[str(i) for i in range(len(REFUSED))])
-def test_what_cannot_be_generated_is_named(change, message):
+def test_what_cannot_be_generated_is_named(change, message, monkeypatch):
+    # as for a user: only tests check the types of arguments
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     options = {"tokens": prompts(0, 3, 4), "mask": MASK, "max_new_tokens": 2} | change
     tokens, mask = options.pop("tokens"), options.pop("mask")
     with pytest.raises(InputError, match=message):

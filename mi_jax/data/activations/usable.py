@@ -33,9 +33,9 @@ def usable_tokens(
     if skip_positions < 0:
         raise InputError(f"skip_positions={skip_positions}; it is 0 or more")
     usable = np.ones(tokens.shape, bool) if mask is None else np.array(mask, bool)
-    usable &= ~np.isin(tokens, token_ids(special_ids))
-    usable[:, :skip_positions] = False
-    return usable
+    # contexts begin at their first real token, also where they are padded on the left
+    start = skip_positions + usable.argmax(1)[:, None]
+    return usable & ~np.isin(tokens, token_ids(special_ids)) & (np.arange(tokens.shape[1])[None, :] >= start)
 
 
 def token_ids(ids: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:

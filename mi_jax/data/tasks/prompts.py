@@ -82,12 +82,15 @@ def from_text(
       special_tokens: begin every prompt with what the model was trained with, such as `<bos>`, if it was.
 
     Raises:
-      InputError: no pair, a clean and a counterfactual prompt of different numbers of tokens, or an answer that is not
-        one token after its prompt.
+      InputError: no pair, one text instead of a list, a clean and a counterfactual prompt of different numbers of
+        tokens, or an answer that is not one token after its prompt.
 
     Example:
       `from_text("capitals", tokenizer, ["Capital of France:"], ["Capital of Italy:"], [" Paris"], [" Rome"])`
     """
+    for what, given in (("clean", clean), ("corrupt", corrupt), ("answers", answers), ("distractors", distractors)):
+        if isinstance(given, str):
+            raise InputError(f"task {name!r}: {what} has one entry for every pair; got one text: [{given[:30]!r}]")
     if not len(clean) == len(corrupt) == len(answers) == len(distractors):
         raise InputError(
             f"task {name!r}: {len(clean)} clean and {len(corrupt)} counterfactual prompts, {len(answers)} answers and "

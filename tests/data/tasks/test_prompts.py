@@ -269,3 +269,11 @@ def test_years_that_are_cut_otherwise_are_refused():
     whole.bpe.add_tokens(["174"])
     with pytest.raises(InputError, match=r"this tokenizer cuts a year into .*'174', '2'\]; the task needs"):
         make("greater-than", whole, 1, seed=0)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_one_text_is_no_list_of_prompts(tokenizer, place):
+    given = [["The boy"], ["The girl"], [" is"], [" was"]]
+    given[place] = given[place][0]
+    with pytest.raises(InputError, match="has one entry for every pair; got one text"):
+        from_text("mine", tokenizer, *given)
