@@ -123,6 +123,7 @@ def score(subject: Subject, folder: Workdir, progress: Progress) -> dict[str, An
     read, written = (np.asarray(acts[name]) for name in (config.site, site))
     norms = np.linalg.norm(read, axis=-1)
     where = (np.arange(tokens.shape[1]) > 0)[None, :] & (norms <= 10 * np.median(norms))
+    where &= ~np.isin(tokens, subject.tokenizer.special_ids)
     blocks = np.broadcast_to(np.arange(len(tokens))[:, None], where.shape)[where]
     x, y = jnp.asarray(read[where]), jnp.asarray(written[where])
     mean = y.mean(0)

@@ -17,6 +17,7 @@ from mi_jax.data import (
     ActivationStream,
     Contexts,
     StoredActivations,
+    Tokenizer,
     contexts,
     load_tokenizer,
     python_docstrings,
@@ -55,10 +56,13 @@ class Subject:
         documents = read_documents(config.text) if config.text else python_topics() + python_docstrings()
         if config.smoke:
             documents = documents[:40]
-        tokenizer = load_tokenizer(config.model or smollm2_path())
         return contexts(
-            documents, tokenizer, length=config.context, held_out_fraction=config.held_out, seed=config.seed
+            documents, self.tokenizer, length=config.context, held_out_fraction=config.held_out, seed=config.seed
         )
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.config.model or smollm2_path())
 
     @property
     def sites(self) -> list[mi.At]:
@@ -75,13 +79,16 @@ class Subject:
         """Shuffled batches: straight from the model, or from the store, which is written first."""
         config, key = self.config, jax.random.key(self.config.seed)
         sizes: dict[str, Any] = {"batch_size": config.batch_size, "buffer_size": config.buffer_size}
+        text, left_out = self.text.train, self.tokenizer.special_ids
         if not config.store:
-            return ActivationStream(self.model, self.text.train, self.sites, key=key, mesh=self.mesh, **sizes)
+            return ActivationStream(
+                self.model, text, self.sites, key=key, special_ids=left_out, mesh=self.mesh, **sizes
+            )
 
         def show(done: float) -> None:
             progress(0.5 * done, "writing activations")
 
-        write_activations(config.store, self.model, self.text.train, self.sites, key=key, progress=show)
+        write_activations(config.store, self.model, text, self.sites, key=key, special_ids=left_out, progress=show)
         store = ActivationStore.open(config.store)
         return StoredActivations(store, key=key, mesh=self.mesh, **sizes)
 

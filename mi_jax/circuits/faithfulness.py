@@ -23,7 +23,7 @@ from mi_jax.circuits.graph.selection import random_edges as random_edges
 from mi_jax.circuits.graph.selection import top_edges as top_edges
 from mi_jax.circuits.runs.circuits import CircuitRuns, circuit_runs
 from mi_jax.core.errors import InputError
-from mi_jax.data.task import Task
+from mi_jax.data.task import Task, warn_unless_done
 from mi_jax.decomposition.evaluation.estimates import Estimate, bootstrap
 from mi_jax.models.decoder import Decoder
 
@@ -158,6 +158,7 @@ def normalized(metric: Float[np.ndarray, "circuit batch"], name: str = "") -> Fl
             f"task {name!r}: faithfulness is undefined: clean and corrupt prompts give the same metric ({whole:.6g}), "
             "whether all edges are ablated or none. Take prompts, a metric or an ablation for which they differ"
         )
+    warn_unless_done(name, whole, empty)
     return (mean[:-2] - empty) / (whole - empty)
 
 

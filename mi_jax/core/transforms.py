@@ -1,12 +1,13 @@
 """`capture` and `intervene`: a model in, a function with the model's own signature out. They nest in any order."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import equinox as eqx
 
 from mi_jax.core.apply import Taps, check_positions, taps
 from mi_jax.core.edits import Edit
+from mi_jax.core.errors import lacks
 from mi_jax.core.sites import At, SiteError, SiteTable
 
 
@@ -30,6 +31,8 @@ class Intervened(eqx.Module):
 
     model: Any
     edits: Taps
+    if not TYPE_CHECKING:
+        __getattr__ = lacks
 
     @property
     def site_table(self) -> SiteTable:
@@ -47,6 +50,8 @@ class Captured(eqx.Module):
 
     model: Any
     wanted: tuple[At, ...] = eqx.field(static=True)
+    if not TYPE_CHECKING:
+        __getattr__ = lacks
 
     @property
     def site_table(self) -> SiteTable:

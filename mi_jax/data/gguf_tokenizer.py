@@ -1,4 +1,10 @@
-"""The tokenizer that a GGUF file carries: byte-level BPE with merges, or sentencepiece's BPE with scores."""
+"""The tokenizer that a GGUF file carries: byte-level BPE with merges, or sentencepiece's BPE with scores.
+
+What stands around a text is what the file says (`add_bos_token`, `add_eos_token`); where it says nothing, what
+llama.cpp's reader takes: sentencepiece ("llama") and Llama 3's BPE ("llama-bpe") begin a text with the first token.
+"""
+
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -15,6 +21,9 @@ _CUTS = {
     "llama-bpe": _LETTERS + r"\p{N}{1,3}" + _REST,
     "qwen2": _LETTERS + r"\p{N}" + _REST,
 }
+# byte-level tokenizers whose models were trained with a first token; sentencepiece's were
+_BOS_BY_DEFAULT = ("llama-bpe",)
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "▁"
 
@@ -105,13 +114,34 @@ def _add_special(tokenizer: Tokenizer, file: GGUF) -> None:
             tokenizer.add_special_tokens(added)
         else:
             tokenizer.add_tokens(added)
-    around = {"bos": "", "eos": ""}
-    for name in around:
-        if file.get(f"tokenizer.ggml.add_{name}_token", False):
-            around[name] = tokens[file.field(f"tokenizer.ggml.{name}_token_id")]
+    around: dict[str, list[int]] = {"bos": [], "eos": []}
+    for name, chosen in around.items():
+        if file.get(f"tokenizer.ggml.add_{name}_token", name == "bos" and _begins_with_bos(file)):
+            chosen.append(_special(file, name))
     if any(around.values()):
-        chosen = [token for token in around.values() if token]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*([around["bos"]] if around["bos"] else []), "$A", *([around["eos"]] if around["eos"] else [])],
-            special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(chosen)],
-        )
+        frame(tokenizer, around["bos"], around["eos"])
+
+
+def _begins_with_bos(file: GGUF) -> bool:
+    """What llama.cpp's reader takes where a file does not say it."""
+    kind = file.field("tokenizer.ggml.model")
+    return kind == "llama" or (kind == "gpt2" and file.get("tokenizer.ggml.pre", "default") in _BOS_BY_DEFAULT)
+
+
+def _special(file: GGUF, name: str) -> int:
+    field, tokens = f"tokenizer.ggml.{name}_token_id", file.field("tokenizer.ggml.tokens")
+    # those of the first Llama stand for a sentencepiece file that names none
+    usual = _SENTENCEPIECE_IDS[name] if file.field("tokenizer.ggml.model") == "llama" else None
+    token = int(file.field(field) if usual is None else file.get(field, usual))
+    if not 0 <= token < len(tokens):
+        raise CheckpointError(f"{file.path}: {field} is {token}, and the vocabulary has {len(tokens)} tokens")
+    return token
+
+
+def frame(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> None:
+    """Lets the library's tokenizer put these tokens before and after every text."""
+    name = {i: str(tokenizer.id_to_token(i)) for i in (*before, *after)}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*(name[i] for i in before), "$A", *(name[i] for i in after)],
+        special_tokens=[(token, i) for i, token in name.items()],
+    )

@@ -1,5 +1,7 @@
 """A behaviour as data: clean and counterfactual prompts, and what counts as doing the task."""
 
+import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import equinox as eqx
@@ -12,6 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mi_jax.core.errors import InputError
 
 Measure = Literal["logit-difference", "probability-difference"]
+
+
+class TaskWarning(UserWarning):
+    """A task with which something can be computed that means little."""
 
 
 class Task(eqx.Module):
@@ -75,6 +81,9 @@ class Task(eqx.Module):
                 raise InputError(
                     f"task {self.name!r}: {kind} has shape {tokens.shape} and its weights have {weight.shape}"
                 )
+            counted = True if weight is None else weight != 0
+            if _readable(tokens) and _readable(weight) and (np.asarray(tokens < 0) & np.asarray(counted)).any():
+                raise InputError(f"task {self.name!r}: a token of its {kind} is below 0, where tokens begin")
         if all(_readable(x) for x in (self.mask, self.position)):
             self._check_padding(np.asarray(self.mask), np.asarray(self.position))
 
@@ -92,16 +101,39 @@ class Task(eqx.Module):
     def __len__(self) -> int:
         return self.clean.shape[0]
 
-    def __getitem__(self, rows: slice | np.ndarray | Array) -> "Task":
-        """The pairs of a slice, an index array or a boolean mask.
+    def __iter__(self) -> Iterator["Task"]:
+        """Pair after pair, each a task of its own."""
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, rows: int | slice | np.ndarray | Array) -> "Task":
+        """The pairs of a number, a slice, an index array or a boolean mask.
 
         Raises:
-          InputError: there are none.
+          InputError: there are none, or a number is out of range.
         """
+        if not isinstance(rows, slice):
+            rows = self._checked(rows)
         taken = jax.tree.map(lambda x: x[rows], self)
         if not len(taken):
             raise InputError(f"task {self.name!r} has {len(self)} pairs, and none is left")
         return taken
+
+    def _checked(self, rows: Any) -> Any:
+        """An index array in range: JAX takes another row where there is none."""
+        if isinstance(rows, jax.core.Tracer):
+            return rows
+        n, found = len(self), np.asarray(rows).reshape(-1)
+        if found.dtype == bool:
+            outside = len(found) != n
+        else:
+            found = found.astype(np.int64)
+            outside = found.size and not -n <= found.min() <= found.max() < n
+        if outside:
+            raise InputError(
+                f"task {self.name!r} has {n} pairs (0–{n - 1}); a mask has one value for each, got "
+                f"{'a mask of ' + str(len(found)) if found.dtype == bool else found.tolist()}"
+            )
+        return found
 
     @property
     def chance(self) -> float:
@@ -159,7 +191,7 @@ class Task(eqx.Module):
         return picked.mean(1) if mean else picked.sum(1)
 
 
-def _readable(x: Array) -> bool:
+def _readable(x: Any) -> bool:
     """Whether this process has all of an array's numbers."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
@@ -174,3 +206,14 @@ def _options(values: Array, tokens: Array, weight: Array | None, *, empty: Any) 
     if weight is None:
         return picked
     return jnp.where(weight.reshape(picked.shape) != 0, picked, jnp.asarray(empty, picked.dtype))
+
+
+def warn_unless_done(name: str, clean: float, corrupt: float) -> None:
+    """Says so where a model does not do a task: its metric, mean over pairs, is no larger on the clean prompts."""
+    if not clean > corrupt:
+        message = (
+            f"the model does not do task {name!r}: its metric is {clean:.4g} on the clean prompts and {corrupt:.4g} on "
+            "the counterfactual ones (or with everything ablated), so what is found explains little. See whether the "
+            "prompts are what the model was trained with: its own tokenizer, and the first token that this one adds"
+        )
+        warnings.warn(message, TaskWarning, stacklevel=3)

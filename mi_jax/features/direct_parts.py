@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from mi_jax.features.lens import in_float32
 from mi_jax.models.block import Block
 from mi_jax.models.decoder import Decoder
-from mi_jax.models.embedding import embed_tokens
+from mi_jax.models.embedding import embed_tokens, places
 from mi_jax.models.mlp import MLP
 from mi_jax.models.norm import Norm
 
@@ -35,17 +35,19 @@ def through(norm: Norm | None, d: Array, x: Array) -> tuple[Array, Array, Array]
 
 
 def embedding_parts(
-    decoder: Decoder, tokens: Array, token_types: Array | None, output_pos: Array | None, d: Array
+    decoder: Decoder, tokens: Array, mask: Array | None, token_types: Array | None, output_pos: Array | None, d: Array
 ) -> dict[str, Array]:
     """The parts of what the stream starts with."""
     types = jnp.zeros_like(tokens) if token_types is None else token_types
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    positions = places(jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool))
     if output_pos is not None:
-        tokens, types, places = (jnp.take_along_axis(x, output_pos[:, None], axis=1) for x in (tokens, types, places))
+        tokens, types, positions = (
+            jnp.take_along_axis(x, output_pos[:, None], axis=1) for x in (tokens, types, positions)
+        )
     # the token embedding as the model scales it, without the other tables
     rows = {"embed": embed_tokens(dataclasses.replace(decoder, type_embed=None), tokens, None)}
     if decoder.pos_embed is not None:
-        rows["position"] = decoder.pos_embed[places]
+        rows["position"] = decoder.pos_embed[positions]
     if decoder.type_embed is not None:
         rows["token_type"] = decoder.type_embed[types]
     rows = {name: in_float32(x) for name, x in rows.items()}

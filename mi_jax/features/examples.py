@@ -54,7 +54,7 @@ def deciles(
 
 
 def _example(activations: np.ndarray, codes: Codes, context: int, pos: int, window: int) -> Example:
-    start, stop = max(0, pos - window), min(codes.tokens.shape[1], pos + window // 2 + 1)
+    start, stop = max(0, pos - window), min(codes.tokens.shape[1], pos + window + 1)
     return Example(
         tuple(codes.tokens[context, start:stop].tolist()),
         tuple(np.round(activations[context, start:stop], 3).tolist()),

@@ -156,7 +156,7 @@ class DirectLogits(eqx.Module):
         layers = layer_parts(decoder, acts, d, by_neuron=self.by_neuron)
         parts = LogitParts(
             logit=logit,
-            **embedding_parts(decoder, tokens, token_types, output_pos, d),
+            **embedding_parts(decoder, tokens, mask, token_types, output_pos, d),
             heads=layers["heads"],
             attn_bias=layers["attn_bias"],
             mlp=along(acts["mlp_out"], d) - layers["mlp_bias"] if "mlp_out" in acts else None,

@@ -14,8 +14,8 @@ Kept = dict[str, Array]
 def empty(config: DecoderConfig, batch: int, n_max: int, dtype) -> Kept:
     """Room for the keys and values of `n_max` tokens: `[layer batch n_max kv_head d_head]` by site.
 
-    A token's place is its position. So a shorter prompt's padding is written over by what follows the prompt, and what
-    is not written over lies behind every query.
+    A token's place is its column in the prompts. So the padding after a shorter prompt is written over by what follows
+    the prompt, and what is not written over lies behind every query; padding before a prompt is masked.
     """
     shape = (config.n_layers, batch, n_max, config.n_kv_heads, config.d_head)
     return {name: jnp.zeros(shape, dtype) for name in ("attn.k", "attn.v")}
@@ -38,16 +38,18 @@ class StepLayout(eqx.Module):
     """One new token per prompt, which sees the tokens before it. Lives in the trace of one layer.
 
     Attributes:
-      length: tokens of every prompt so far, which is the new token's position.
+      place: of the new token.
+      first: place of the first token of every text.
     """
 
     kept: Kept
     number: Int[Array, ""]
-    length: Int[Array, " batch"]
+    place: Int[Array, " batch"]
+    first: Int[Array, " batch"]
 
     @property
     def positions(self) -> Int[Array, "batch 1"]:
-        return self.length[:, None]
+        return self.place[:, None]
 
     @property
     def asking_positions(self) -> Int[Array, "batch 1"]:
@@ -62,9 +64,9 @@ class StepLayout(eqx.Module):
         return jnp.arange(self.kept["attn.k"].shape[2], dtype=jnp.int32)[None]
 
     @property
-    def mask(self) -> Bool[Array, "1 key"]:
+    def mask(self) -> Bool[Array, "batch key"]:
         # places behind the new token hold no token yet; attention leaves them out as it does all later positions
-        return jnp.ones((1, self.kept["attn.k"].shape[2]), bool)
+        return self.keys >= self.first[:, None]
 
     def asking(self, x: Array) -> Array:
         return x
@@ -73,7 +75,7 @@ class StepLayout(eqx.Module):
         if name not in self.kept:
             return x
         batch = jnp.arange(x.shape[0], dtype=jnp.int32)
-        self.kept[name] = self.kept[name].at[self.number, batch, self.length].set(x[:, 0])
+        self.kept[name] = self.kept[name].at[self.number, batch, self.place].set(x[:, 0])
         return jax.lax.dynamic_index_in_dim(self.kept[name], self.number, keepdims=False)
 
     def flat(self, x: Array) -> Array:

@@ -16,7 +16,7 @@ from mi_jax.core.taps import Slots, Tap, stacked_rows
 from mi_jax.models.block import Block, Layer, block
 from mi_jax.models.cells import Entry, Unpatched, entry, resume_cells, unpatched
 from mi_jax.models.config import DecoderConfig
-from mi_jax.models.embedding import Patches, embed_patches, embed_tokens
+from mi_jax.models.embedding import Patches, embed_patches, embed_tokens, places
 from mi_jax.models.layout import Prompts
 from mi_jax.models.norm import Norm, normed
 from mi_jax.models.rotary import rotation
@@ -62,8 +62,8 @@ class Decoder(eqx.Module):
         """Logits, and the captured activations if `capture` is given.
 
         Args:
-          tokens: right-padded where the lengths differ. Images, where the model takes these.
-          mask: True at real tokens; None means all are.
+          tokens: padded on the right where the lengths differ, or on the left. Images, where the model takes these.
+          mask: True at real tokens; None means all are. Positions count from the first real token of a prompt.
           taps: edits by site; `mi.intervene` makes them.
           capture: sites to return.
           output: False stops after the last layer that `capture` needs; the output is then None.
@@ -102,12 +102,14 @@ class Decoder(eqx.Module):
         """The stream before the first layer, and the mask.
 
         Args:
-          positions: of the tokens; None counts from 0.
+          positions: of the tokens; None counts from the first real one.
 
         Raises:
-          InputError: inputs of another shape, more tokens than the context has, or token types that have no table.
+          InputError: no input at all, inputs of another shape, more tokens than the context has, or token types that
+            have no table.
         """
         c = self.config
+        mask = None if mask is None else jnp.asarray(mask, bool)
         if self.patches is not None and c.patches is not None:
             x = embed_patches(self.patches, c.patches, tokens)
         else:
@@ -116,6 +118,8 @@ class Decoder(eqx.Module):
         if token_types is not None and self.type_embed is None:
             raise InputError(f"{c.name} has no token types; leave token_types out")
         if self.pos_embed is not None:
+            if positions is None and mask is not None and self.patches is None:
+                positions = places(mask)
             rows = self.pos_embed[None, : x.shape[1]] if positions is None else self.pos_embed[positions]
             x = x + rows
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
@@ -171,6 +175,10 @@ class Decoder(eqx.Module):
                 raise SiteError(
                     "output_pos drops positions: it does not go with edits or captures of the last two sites"
                 )
+            if jnp.shape(output_pos) != x.shape[:1]:
+                raise InputError(
+                    f"output_pos has one position for each of {x.shape[0]} prompts; got shape {jnp.shape(output_pos)}"
+                )
             x = jnp.take_along_axis(x, output_pos[:, None, None], axis=1)
         if self.final_norm is not None:
             x = tap("final_norm", self.final_norm(x))
@@ -193,12 +201,16 @@ class Decoder(eqx.Module):
 
 
 def _check_prompts(config: DecoderConfig, tokens: Array, mask: Array | None) -> None:
+    if not hasattr(tokens, "shape"):
+        raise InputError(f"tokens are an array [batch pos], such as jnp.asarray([[5, 9]]); got {type(tokens).__name__}")
     if tokens.ndim != 2 or (mask is not None and mask.shape != tokens.shape):
         shape = "no mask" if mask is None else f"a mask of shape {mask.shape}"
         raise InputError(
             f"tokens and mask have shape [batch pos]; got tokens of shape {tokens.shape} and {shape}; "
             "tokens[None] makes a batch of one prompt"
         )
+    if 0 in tokens.shape:
+        raise InputError(f"tokens of shape {tokens.shape} hold none; give at least one prompt of at least one token")
     if tokens.shape[1] > config.n_ctx:
         raise InputError(
             f"the prompt has {tokens.shape[1]} tokens, the context of {config.name} is {config.n_ctx}; "

@@ -7,7 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.models.config import DecoderConfig, PatchConfig
@@ -41,8 +41,16 @@ def embed_tokens(
     return x
 
 
+def places(mask: Bool[Array, "batch pos"]) -> Int[Array, "batch pos"]:
+    """Positions of the tokens as the model counts them: from the first real token on, wherever a prompt is padded."""
+    first = jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
+    return jnp.maximum(jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :] - first, 0)
+
+
 def check_tokens(config: DecoderConfig, tokens: Int[Array, "batch pos"]) -> None:
     """Raises InputError for tokens outside of the vocabulary, where their values are known."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"{config.name} takes tokens, which are integers; got {tokens.dtype}")
     hint = ": use the model's own tokenizer, and fill padding with any token that it has, such as 0"
     _check_ids(tokens, config.d_vocab, config.name, "tokens", hint)
 

@@ -1,6 +1,7 @@
 """Generation: the prompts once, then token by token with the keys and values kept, in one program."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop: int | Sequence[int] = (),
+    stop: int | Sequence[int] | None = (),
     key: PRNGKeyArray | None = None,
 ) -> Generated:
     """Continues prompts of any lengths, all in one compiled program; other values of the same shapes use it again.
@@ -59,7 +60,7 @@ def generate(
     Args:
       model: a decoder, also under `mi.intervene` and `mi.capture`. An edit with a `pos` is made in the prompt. One
         without is made there and at every generated token, where a function of `mi.transform` sees one position.
-      tokens: right-padded where the lengths differ.
+      tokens: padded on the right where the lengths differ, or on the left.
       mask: True at real tokens; None means all are.
       temperature: 0 takes the most likely token, everything else draws with `key`.
       top_k, top_p: draw from the k largest logits, or from the most likely tokens that together reach probability p;
@@ -67,8 +68,9 @@ def generate(
       stop: tokens that end a text.
 
     Raises:
-      InputError: no decoder, prompts that are empty, not padded on the right or not of the vocabulary, a text longer
-        than the context, sampling without a key, or logits that became NaN, which is looked at once all is written.
+      InputError: no decoder, no prompt, prompts that are empty, padded in between or not of the vocabulary, a text
+        longer than the context, sampling without a key, or logits that became NaN, which is looked at once all is
+        written.
       SiteError: an edit of a position that the prompts lack, or one of the generated tokens that has no meaning there:
         whose value depends on other positions, or on other texts where their positions can differ.
 
@@ -78,17 +80,17 @@ def generate(
     decoder, taps, wanted = _unwrapped(model)
     _check(decoder, tokens, mask, max_new_tokens, temperature, top_k, top_p, key)
     check_positions(taps, tokens.shape[1])
-    stops = tuple(map(int, (stop,) if isinstance(stop, int | np.integer) else stop))
-    aligned = not stops and _same_length(mask)
+    stops = _stops(decoder, stop)
+    aligned = not stops and _same_places(mask)
     step_taps = {name: tuple(e for e in edits if _every_token(e, aligned=aligned)) for name, edits in taps.items()}
     step_taps = {name: edits for name, edits in step_taps.items() if edits}
     sampling = {
         "temperature": jnp.asarray(temperature, jnp.float32) if temperature else None,
-        "top_k": top_k,
+        "top_k": None if top_k is None else int(top_k),
         "top_p": None if top_p is None else jnp.asarray(top_p, jnp.float32),
     }
-    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
-    run = _Generation(decoder, taps, step_taps, sampling, wanted, max_new_tokens, stops)
+    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    run = _Generation(decoder, taps, step_taps, sampling, wanted, int(max_new_tokens), stops)
     made = jit(run)(tokens, mask, key=key if temperature else None)
     _check_finite(decoder, made)
     return made
@@ -107,8 +109,9 @@ class _Generation(eqx.Module):
 
     def __call__(self, tokens: Array, mask: Array, *, key: PRNGKeyArray | None) -> Generated:
         batch, n_pos = tokens.shape
-        length = mask.sum(1, dtype=jnp.int32)
-        logits, kept, acts = self._prompt(tokens, mask, length, n_pos + self.n_new)
+        first = jnp.argmax(mask, axis=1).astype(jnp.int32)
+        end = first + mask.sum(1, dtype=jnp.int32)
+        logits, kept, acts = self._prompt(tokens, mask, end, n_pos + self.n_new)
 
         def chosen(number, logits, done, last, nan_step):
             token = choose(logits, key=None if key is None else jax.random.fold_in(key, number), **self.sampling)
@@ -120,7 +123,7 @@ class _Generation(eqx.Module):
         def body(state):
             number, token, done, nan_step, kept, tokens, real, acts = state
             real = real.at[:, number].set(~done)
-            logits, kept, new = self._step(token, length + number - 1, kept)
+            logits, kept, new = self._step(token, end + number - 1, first, kept)
             token, done, nan_step = chosen(number, logits, done, token, nan_step)
             return (
                 number + 1,
@@ -150,7 +153,7 @@ class _Generation(eqx.Module):
         acts = {name: jnp.moveaxis(x, 0, self._pos_axis(name)) for name, x in buffers.items()}
         return Generated(written, real, acts, nan_step)
 
-    def _prompt(self, tokens: Array, mask: Array, length: Array, n_max: int) -> tuple[Array, Kept, dict[str, Array]]:
+    def _prompt(self, tokens: Array, mask: Array, end: Array, n_max: int) -> tuple[Array, Kept, dict[str, Array]]:
         """Logits after every prompt, keys and values, and what was captured at the last position."""
         model = self.model
         layers, outer, dtype = self._opened(self.prompt_taps, tokens, mask)
@@ -158,7 +161,7 @@ class _Generation(eqx.Module):
             enter=lambda number, kept: FillLayout(mask, dict(kept), number),
             state=empty(model.config, tokens.shape[0], n_max, dtype),
         )
-        last = length - 1
+        last = end - 1
         if outer.touches("final_norm") or outer.touches("logits"):
             logits = jnp.take_along_axis(model.head(x, outer), last[:, None, None], axis=1)
         else:
@@ -166,10 +169,10 @@ class _Generation(eqx.Module):
         seen = acts | outer.seen
         return logits[:, 0], kept, {name: self._at_last(name, value, last, n_max) for name, value in seen.items()}
 
-    def _step(self, token: Array, position: Array, kept: Kept) -> tuple[Array, Kept, dict[str, Array]]:
+    def _step(self, token: Array, place: Array, first: Array, kept: Kept) -> tuple[Array, Kept, dict[str, Array]]:
         """Logits after one more token, the keys and values with it, and what was captured."""
-        layers, outer, _ = self._opened(self.step_taps, token[:, None], positions=position[:, None])
-        x, acts, kept = layers(enter=lambda number, kept: StepLayout(dict(kept), number, position), state=kept)
+        layers, outer, _ = self._opened(self.step_taps, token[:, None], positions=(place - first)[:, None])
+        x, acts, kept = layers(enter=lambda number, kept: StepLayout(dict(kept), number, place, first), state=kept)
         logits = self.model.head(x, outer)
         seen = acts | outer.seen
         return logits[:, 0], kept, {name: x.squeeze(self._pos_axis(name)) for name, x in seen.items()}
@@ -227,6 +230,18 @@ def _unwrapped(model: Any) -> tuple[Decoder, dict[str, tuple[Edit, ...]], tuple[
     return model, taps, model.site_table.normalise(tuple(wanted))
 
 
+def _stops(decoder: Decoder, stop: Any) -> tuple[int, ...]:
+    if stop is None:
+        return ()
+    stops = tuple(map(int, (stop,) if isinstance(stop, int | np.integer) else stop))
+    if outside := [token for token in stops if not 0 <= token < decoder.config.d_vocab]:
+        raise InputError(
+            f"stop={outside[0]} is no token of {decoder.config.name}, which has {decoder.config.d_vocab} of them, so "
+            "no text would end there"
+        )
+    return stops
+
+
 def _every_token(edit: Edit, *, aligned: bool) -> bool:
     """Whether an edit is made at generated tokens too.
 
@@ -254,11 +269,11 @@ def _every_token(edit: Edit, *, aligned: bool) -> bool:
     return True
 
 
-def _same_length(mask: Any) -> bool:
-    """Whether all prompts are known to have the same number of tokens."""
+def _same_places(mask: Any) -> bool:
+    """Whether all prompts are known to have their tokens at the same places."""
     if mask is None:
         return True
-    return not isinstance(mask, jax.core.Tracer) and len(np.unique(np.asarray(mask).sum(1))) == 1
+    return not isinstance(mask, jax.core.Tracer) and bool((np.asarray(mask) == np.asarray(mask)[:1]).all())
 
 
 def _check_finite(decoder: Decoder, made: Generated) -> None:
@@ -275,23 +290,36 @@ def _check_finite(decoder: Decoder, made: Generated) -> None:
 
 def _check(decoder: Decoder, tokens, mask, n_new: int, temperature, top_k, top_p, key) -> None:
     config = decoder.config
+    for name, number in (("max_new_tokens", n_new), ("top_k", top_k)):
+        if not (name == "top_k" and number is None) and not isinstance(number, int | np.integer):
+            raise InputError(f"{name} is a whole number, got {number!r}")
     if n_new < 1:
         raise InputError(f"max_new_tokens is at least 1, got {n_new}")
-    if tokens.ndim != 2 or not tokens.shape[1]:
-        raise InputError(f"prompts have shape [batch pos] with at least one token; got {tokens.shape}")
+    if not hasattr(tokens, "shape"):
+        raise InputError(f"tokens are an array [batch pos], such as jnp.asarray([[5, 9]]); got {type(tokens).__name__}")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise InputError(
+            f"prompts have shape [batch pos], with at least one prompt of at least one token; got {tokens.shape}"
+        )
     if tokens.shape[1] + n_new > config.n_ctx:
         raise InputError(
             f"{tokens.shape[1]} tokens and {n_new} new ones are more than the context of {config.name}, {config.n_ctx}"
         )
     check_tokens(config, tokens)
-    if not temperature >= 0 or (temperature and key is None):
-        raise InputError(f"temperature={temperature} draws tokens: pass key=jax.random.key(…), and a positive number")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature}: it is 0 for the most likely token, or a positive number")
+    if temperature and not hasattr(key, "dtype"):
+        raise InputError(f"temperature={temperature} draws tokens: pass key=jax.random.key(…), got key={key!r}")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise InputError(f"top_k is at least 1 and top_p in (0, 1]; got top_k={top_k}, top_p={top_p}")
     if not temperature and not (top_k is None and top_p is None):
         raise InputError("top_k and top_p choose among drawn tokens: pass a temperature, such as 1.0, and a key")
     if mask is None or isinstance(mask, jax.core.Tracer):
         return
-    real = np.asarray(mask)
-    if real.shape != tokens.shape or not real[:, 0].all() or (np.diff(real.astype(int), axis=1) > 0).any():
-        raise InputError("the mask is True at the real tokens, which come first in every prompt: pad on the right")
+    real = np.asarray(mask, bool)
+    begins = np.diff(real.astype(int), axis=1, prepend=0) > 0
+    if real.shape != tokens.shape or (begins.sum(1) != 1).any():
+        raise InputError(
+            "the mask has the shape of the tokens and is True at the real ones, at least one in every prompt, with no "
+            "gap between them: pad on the right, or on the left"
+        )

@@ -16,13 +16,17 @@ def choose(
     """The most likely token, or one drawn from what `top_k` and `top_p` leave of the distribution.
 
     Args:
-      temperature: divides the logits; None takes the most likely token.
+      temperature: divides the logits; None takes the most likely token, as does a very low one.
       top_k: only so many of the largest logits.
       top_p: only the most likely tokens that together first reach this probability.
     """
     if temperature is None or key is None:
         return logits.argmax(-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
+    logits = logits.astype(jnp.float32)
+    best = logits.max(-1, keepdims=True)
+    # relative to the best one, so that no temperature is so low that the quotient means nothing
+    smallest_normal = jnp.finfo(jnp.float32).tiny
+    logits = jnp.where(logits == best, 0.0, (logits - best) / jnp.maximum(temperature, smallest_normal))
     if top_k is not None:
         smallest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)

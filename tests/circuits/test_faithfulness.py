@@ -1,5 +1,7 @@
 """Faithfulness: its ends, its curve, the choice of edges, and what `discover` returns."""
 
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from mi_jax.circuits import (
 )
 from mi_jax.circuits.faithfulness import pruned, sizes
 from mi_jax.core.errors import InputError
+from mi_jax.data import TaskWarning
 from tests.circuits.tiny_task import model, task
 
 TOLERANCE = 1e-5
@@ -221,3 +224,15 @@ def test_token_edges(exact):
     assert abs(values[0] - values[1]) > 1e-3
     assert top_edges(everywhere, GRAPH, 8).sum() == 8
     assert curve(model(), TASK, everywhere, (0.5, 1.0)).values[-1] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_task_that_the_model_does_not_do_says_so():
+    """Its metric is larger on the counterfactual prompts: for one of the two orders of answer and distractor."""
+    turned = eqx.tree_at(lambda t: (t.answer, t.distractor), TASK, (TASK.distractor, TASK.answer))
+    clean, corrupt = _metric(TASK.clean), _metric(TASK.corrupt)
+    done, undone = (TASK, turned) if clean > corrupt else (turned, TASK)
+    with pytest.warns(TaskWarning, match=r"does not do task 'tiny': its metric is .* on the clean prompts"):
+        discover(model(), undone, n_edges=3, method="eap")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        faithfulness(model(), done, [])

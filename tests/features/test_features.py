@@ -99,6 +99,18 @@ def test_deciles_cover_the_range_and_show_the_place_they_name():
             assert len(example.tokens) == len(example.activations)
 
 
+def test_an_example_shows_as_many_tokens_after_its_focus_as_before():
+    tokens = np.arange(20)[None, :]
+    for pos, window in itertools.product(range(1, 20), (0, 1, 5, 30)):
+        values = np.zeros((1, 20, 1), np.float32)
+        values[0, pos] = 1
+        codes = Codes(tokens, values, np.zeros((1, 20, 1), int))
+        (decile,) = deciles(values[..., 0], codes, per_decile=1, window=window, seed=0)
+        (example,) = decile.examples
+        assert example.tokens == tuple(range(max(0, pos - window), min(20, pos + window + 1)))
+        assert example.tokens[example.focus] == pos
+
+
 def test_codes_are_dense_activations_without_position_0(sae):
     stream = np.asarray(jax.random.normal(jax.random.key(2), (3, 5, 16)))
     codes = encode_contexts(sae, stream, np.zeros((3, 5), np.int32))

@@ -227,6 +227,11 @@ def test_padded_equals_unpadded_and_uncompiled_and_one_position_is_that_of_all()
             x, y, z = np.moveaxis(x, 0, -1), np.moveaxis(y, 0, -1), np.moveaxis(z, 0, -1)
         close(z[:, 0], np.stack([x[0, 4], x[1, 2]]))
         close(y[0], x[1, :3, :, :3] if name == "sources" else x[1, :3])
+    # padded on the left, the same program
+    shifted, real = (jnp.stack([x[0], jnp.roll(x[1], 2)]) for x in (tokens, MASK))
+    left = run(shifted, real, answer=ANSWER, distractor=DISTRACTOR)
+    for name in ("logit", "embed", "position", "norm_bias", "scale"):
+        close(getattr(left, name)[1, 2:], getattr(whole, name)[1, :3])
 
 
 EDITS = (

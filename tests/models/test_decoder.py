@@ -17,7 +17,7 @@ from mi_jax.core.errors import InputError
 from mi_jax.models.config import check_choices
 from tests.models.numpy_decoder import numpy_sites
 from tests.models.tiny import CONFIGS, prompts, tiny
-from tests.models.tiny_families import family
+from tests.models.tiny_families import FAMILIES, family
 
 TOLERANCE = 1e-5
 
@@ -74,17 +74,37 @@ _PADDED = {name: _compiled_logits(name) for name in ("llama", "gpt2")}
 
 @pytest.mark.parametrize("name", _PADDED)
 @settings(max_examples=8, deadline=None)
-@given(lengths=st.tuples(*[st.integers(1, 6)] * 3), pad=st.integers(0, 12), seed=st.integers(0, 99))
-def test_padded_equals_unpadded(name, lengths, pad, seed):
+@given(
+    spans=st.tuples(*[st.tuples(st.integers(0, 5), st.integers(1, 6))] * 3),
+    pad=st.integers(0, 12),
+    seed=st.integers(0, 99),
+)
+def test_padded_equals_unpadded(name, spans, pad, seed):
+    """With the padding after a prompt, before it, or on both sides."""
     rows = np.asarray(prompts(seed, 3, 6))
-    mask = np.arange(6)[None, :] < np.asarray(lengths)[:, None]
+    first, n = np.asarray(spans).T[:, :, None]
+    mask = (np.arange(6)[None, :] >= first) & (np.arange(6)[None, :] < first + n)
     logits = _PADDED[name](jnp.asarray(np.where(mask, rows, pad), jnp.int32), jnp.asarray(mask))
-    full = _PADDED[name](jnp.asarray(rows), jnp.ones((3, 6), bool))
-    # causal: the logits of a prefix are the prefix of the logits
-    np.testing.assert_allclose(np.asarray(logits)[mask], np.asarray(full)[mask], atol=TOLERANCE)
-    for row, n in enumerate(lengths):
-        reference = numpy_sites(tiny(name), rows[row, :n])["logits"]
-        np.testing.assert_allclose(logits[row, :n], reference, atol=TOLERANCE, rtol=TOLERANCE)
+    for row in range(3):
+        reference = numpy_sites(tiny(name), rows[row, mask[row]])["logits"]
+        np.testing.assert_allclose(logits[row, mask[row]], reference, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vit"])
+def test_prompts_padded_on_the_left_equal_those_padded_on_the_right(name):
+    model, tokens, mask = family(name), prompts(7, 2, 6), jnp.arange(6)[None, :] < jnp.array([[4], [3]])
+    run = eqx.filter_jit(lambda tokens, mask: model(tokens, mask))
+    right = run(tokens, mask)
+    left = run(*(jnp.stack([jnp.roll(x[0], 2), jnp.roll(x[1], 3)]) for x in (tokens, mask)))
+    np.testing.assert_allclose(left[0, 2:], right[0, :4], atol=TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(left[1, 3:], right[1, :3], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
+def test_an_empty_batch_is_refused(shape):
+    for model in (family("llama"), mi.capture(family("gpt2"), "resid_post")):
+        with pytest.raises(InputError, match=rf"tokens of shape \({shape[0]}, {shape[1]}\) hold none"):
+            model(jnp.zeros(shape, jnp.int32))
 
 
 def test_a_masked_token_in_the_middle_is_not_read():
@@ -217,3 +237,20 @@ def test_a_choice_that_does_not_exist_is_named_without_a_type_checker():
     check_choices(Choice("rms"))
     with pytest.raises(ValueError, match="norm is one of rms, layer; got 'peri'"):
         check_choices(Choice("peri"))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([[1, 2]], {}, r"tokens are an array \[batch pos\], .*; got list"),
+        (jnp.ones((1, 3)), {}, "takes tokens, which are integers; got float32"),
+        (jnp.ones((1, 3), bool), {}, "takes tokens, which are integers; got bool"),
+        (jnp.ones((1, 3), int), {"output_pos": 2}, r"one position for each of 1 prompts; got shape \(\)"),
+        (jnp.ones((1, 3), int), {"output_pos": jnp.array([0, 1])}, r"each of 1 prompts; got shape \(2,\)"),
+    ],
+)
+def test_what_is_no_prompt_is_named(tokens, options, message, monkeypatch):
+    # as for a user: only tests check the types of arguments
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(InputError, match=message):
+        family("gpt2")(tokens, **options)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -83,6 +84,39 @@ def test_ragged_prompts_are_continued_as_alone(name):
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
 
 
+# learned positions, rotary ones, windows
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma"])
+def test_prompts_padded_on_the_left_are_continued_as_those_padded_on_the_right(name):
+    """And so are prompts with padding on both sides; what a step captures is that of the same text."""
+    model, tokens = family(name), prompts(2, 3, 4)
+    shift = jnp.array([0, 1, 1], jnp.int32)
+    there = jnp.arange(4, dtype=jnp.int32)[None, :] - shift[:, None]
+    moved = jnp.where((there >= 0) & (there < LENGTHS[:, None]), jnp.take_along_axis(tokens, there % 4, 1), 9)
+    captured = mi.capture(model, "logits")
+    right = generate(captured, tokens, MASK, max_new_tokens=N_NEW)
+    left = generate(captured, moved, (there >= 0) & (there < LENGTHS[:, None]), max_new_tokens=N_NEW)
+    np.testing.assert_array_equal(left.tokens, right.tokens)
+    close(left.acts["logits"], right.acts["logits"])
+
+
+def test_a_captured_pattern_counts_the_columns_of_prompts_padded_on_the_left():
+    model, tokens = family("gpt2"), prompts(2, 1, 4)
+    mask = jnp.array([[False, True, True, True]])
+    alone = generate(mi.capture(model, "attn.pattern"), tokens[:, 1:], max_new_tokens=3)
+    padded = generate(mi.capture(model, "attn.pattern"), tokens, mask, max_new_tokens=3)
+    close(padded.acts["attn.pattern"][..., 1:], alone.acts["attn.pattern"])
+    assert (padded.acts["attn.pattern"][..., 0] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-45])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_at_a_temperature_near_zero_the_most_likely_token_is_drawn(temperature, options):
+    model, tokens = family("llama"), prompts(5, 3, 4)
+    greedy = generate(model, tokens, max_new_tokens=3)
+    drawn = generate(model, tokens, max_new_tokens=3, temperature=temperature, key=jax.random.key(0), **options)
+    np.testing.assert_array_equal(drawn.tokens, greedy.tokens)
+
+
 def test_edits_without_a_position_are_made_at_every_token_and_those_with_one_in_the_prompt():
     model, tokens = family("llama"), prompts(3, 3, 4)
     direction = jax.random.normal(jax.random.key(5), (8,))
@@ -155,10 +189,21 @@ def test_other_values_of_the_same_shapes_use_the_same_program():
 
 REFUSED = [
     ({"max_new_tokens": 0}, r"max_new_tokens is at least 1, got 0"),
+    ({"max_new_tokens": 2.0}, r"max_new_tokens is a whole number, got 2.0"),
+    ({"temperature": 1.0, "key": 0}, r"temperature=1.0 draws tokens: pass key=.*got key=0"),
+    ({"temperature": 1.0, "key": jax.random.key(0), "top_k": 2.5}, r"top_k is a whole number, got 2.5"),
+    ({"stop": -1}, r"stop=-1 is no token of llama-like, which has 13 of them"),
+    ({"stop": (3, 13)}, r"stop=13 is no token of llama-like, which has 13 of them"),
+    ({"tokens": [[1, 2]], "mask": None}, r"tokens are an array \[batch pos\].*got list"),
     ({"max_new_tokens": 13}, r"4 tokens and 13 new ones are more than the context of llama-like, 16"),
     ({"temperature": 1.0}, r"temperature=1.0 draws tokens: pass key"),
-    ({"temperature": -1.0, "key": jax.random.key(0)}, r"temperature=-1.0 draws tokens.*a positive number"),
-    ({"temperature": float("nan"), "key": jax.random.key(0)}, r"temperature=nan draws tokens.*a positive number"),
+    ({"temperature": -1.0, "key": jax.random.key(0)}, r"temperature=-1.0: it is 0 .* or a positive number"),
+    ({"temperature": float("nan"), "key": jax.random.key(0)}, r"temperature=nan: it is 0 .* or a positive number"),
+    ({"temperature": float("inf"), "key": jax.random.key(0)}, r"temperature=inf: it is 0 .* or a positive number"),
+    (
+        {"tokens": jnp.zeros((0, 4), jnp.int32), "mask": None},
+        r"at least one prompt of at least one token; got \(0, 4\)",
+    ),
     ({"top_k": 0}, r"top_k is at least 1"),
     ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
     ({"mask": ~MASK}, r"pad on the right"),
@@ -172,7 +217,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=[str(i) for i in range(len(REFUSED))])
-def test_what_cannot_be_generated_is_named(change, message):
+def test_what_cannot_be_generated_is_named(change, message, monkeypatch):
+    # as for a user: only tests check the types of arguments
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     options = {"tokens": prompts(0, 3, 4), "mask": MASK, "max_new_tokens": 2} | change
     tokens, mask = options.pop("tokens"), options.pop("mask")
     with pytest.raises(InputError, match=message):

@@ -1,7 +1,7 @@
 """Activations that a language model computes: one forward for several sites, ended after the last layer asked for."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -29,7 +29,7 @@ class ModelSource:
         sites: str | At | Sequence[str | At],
         *,
         mask: Bool[np.ndarray, "context pos"] | None = None,
-        special_ids: Sequence[int] = (),
+        special_ids: SupportsIndex | Iterable[SupportsIndex] = (),
         skip_positions: int = 1,
         outlier_ratio: float | None = 10.0,
         contexts_per_chunk: int = 32,
@@ -40,7 +40,8 @@ class ModelSource:
         tokens = np.asarray(tokens)
         self.sites = _per_token(model.site_table, sites)
         _check_tokens(model.site_table, tokens, contexts_per_chunk, outlier_ratio)
-        self.model, self.tokens, self.mesh, self.mask = model, tokens.astype(np.int32), mesh, mask
+        self.model, self.tokens, self.mesh = model, tokens.astype(np.int32), mesh
+        self.mask = None if mask is None else np.asarray(mask, bool)
         self.units_per_chunk = contexts_per_chunk
         self.outlier_ratio, self.dtype = outlier_ratio, dtype
         self._usable = usable_tokens(tokens, mask=mask, special_ids=special_ids, skip_positions=skip_positions)

@@ -1,7 +1,7 @@
 """Batches of activations straight from a language model: nothing is stored but one buffer on device."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jax.sharding import Mesh
@@ -56,7 +56,7 @@ class ActivationStream(Shuffled):
         buffer_size: int,
         key: PRNGKeyArray,
         mask: Bool[np.ndarray, "context pos"] | None = None,
-        special_ids: Sequence[int] = (),
+        special_ids: SupportsIndex | Iterable[SupportsIndex] = (),
         skip_positions: int = 1,
         outlier_ratio: float | None = 10.0,
         contexts_per_chunk: int = 32,

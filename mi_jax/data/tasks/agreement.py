@@ -40,9 +40,6 @@ class Agreement(NamedTuple):
     simple: Task
     attractor: Task
 
-    simple: Task
-    attractor: Task
-
 
 def subject_verb_agreement(tokenizer: Tokenizer) -> Agreement:
     """All nouns, both numbers, each verb; the counterfactual has the subject in the other number.
@@ -72,7 +69,7 @@ def agreement(
     *,
     seed: int,
     variants: Sequence[str] = DEFAULT,
-    special_tokens: bool = False,
+    special_tokens: bool = True,
 ) -> Task:
     """n prompts drawn from the variants, which are the keys of `TEMPLATES`; otherwise as `subject_verb_agreement`.
 

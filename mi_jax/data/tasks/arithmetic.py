@@ -21,7 +21,7 @@ DIFFICULTY = (
 
 
 def addition(
-    tokenizer: Tokenizer, n: int, *, seed: int, largest: int | None = None, special_tokens: bool = False
+    tokenizer: Tokenizer, n: int, *, seed: int, largest: int | None = None, special_tokens: bool = True
 ) -> Task:
     """The sum against the sum that the counterfactual asks for.
 

@@ -30,7 +30,7 @@ DIFFICULTY = (
 )
 
 
-def capitals(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = False) -> Task:
+def capitals(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = True) -> Task:
     """The capital of a country against that of the country which the counterfactual names.
 
     Raises:

@@ -45,7 +45,7 @@ DIFFICULTY = (
 )
 
 
-def docstring(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = False) -> Task:
+def docstring(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = True) -> Task:
     """The argument that comes next in the definition against the others of it.
 
     Raises:

@@ -31,7 +31,7 @@ DIFFICULTY = (
 )
 
 
-def greater_than(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = False) -> Task:
+def greater_than(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = True) -> Task:
     """Years after the first against years before it; the metric is a difference of probabilities.
 
     Raises:
@@ -51,7 +51,7 @@ def greater_than(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: boo
 
 def _digits(tokenizer: Tokenizer) -> int:
     """How many digits the token after the century has."""
-    parts = [part.strip() for part in tokenizer.strings(tokenizer.encode("in the year 1742"))]
+    parts = [part.strip() for part in tokenizer.strings(tokenizer.encode("in the year 1742", special_tokens=False))]
     if parts[-2:] == ["17", "42"]:
         return 2
     if parts[-4:] == ["1", "7", "4", "2"]:

@@ -26,7 +26,7 @@ DIFFICULTY = (
 
 
 def induction(
-    tokenizer: Tokenizer, n: int, *, seed: int, length: int = 10, repeated: int = 3, special_tokens: bool = False
+    tokenizer: Tokenizer, n: int, *, seed: int, length: int = 10, repeated: int = 3, special_tokens: bool = True
 ) -> Task:
     """The word that followed the last time against the one that followed what the counterfactual repeats.
 

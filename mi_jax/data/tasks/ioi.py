@@ -45,7 +45,7 @@ def indirect_object_identification(
     seed: int,
     templates: Sequence[str] = TEMPLATES,
     counterfactual: Counterfactual = "swap",
-    special_tokens: bool = False,
+    special_tokens: bool = True,
 ) -> Task:
     """Draws n prompts, half of them with the indirect object named first, half second.
 

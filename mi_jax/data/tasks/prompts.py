@@ -57,8 +57,11 @@ def fill(template: str, **words: str) -> Filled:
 
 def one_token(tokenizer: Tokenizer, words: Iterable[str]) -> list[str]:
     """The words that are one token within a sentence, after a space."""
-    before = len(tokenizer.encode("a"))
-    return [word for word in words if len(tokenizer.encode(f"a {word}")) == before + 1]
+
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text, special_tokens=False))
+
+    return [word for word in words if length(f"a {word}") == length("a") + 1]
 
 
 def from_text(
@@ -70,21 +73,24 @@ def from_text(
     distractors: Sequence[str | Sequence[str]],
     *,
     measure: Measure = "logit-difference",
-    special_tokens: bool = False,
+    special_tokens: bool = True,
 ) -> Task:
     """A task from your own prompts. Nothing is dropped: a pair that does not align is an error.
 
     Args:
       answers, distractors: for every prompt one text, or several, that may follow it, usually with the space before.
-      special_tokens: add what the model was trained with around a text, such as a first token `<bos>`.
+      special_tokens: begin every prompt with what the model was trained with, such as `<bos>`, if it was.
 
     Raises:
-      InputError: no pair, a clean and a counterfactual prompt of different numbers of tokens, or an answer that is not
-        one token after its prompt.
+      InputError: no pair, one text instead of a list, a clean and a counterfactual prompt of different numbers of
+        tokens, or an answer that is not one token after its prompt.
 
     Example:
       `from_text("capitals", tokenizer, ["Capital of France:"], ["Capital of Italy:"], [" Paris"], [" Rome"])`
     """
+    for what, given in (("clean", clean), ("corrupt", corrupt), ("answers", answers), ("distractors", distractors)):
+        if isinstance(given, str):
+            raise InputError(f"task {name!r}: {what} has one entry for every pair; got one text: [{given[:30]!r}]")
     if not len(clean) == len(corrupt) == len(answers) == len(distractors):
         raise InputError(
             f"task {name!r}: {len(clean)} clean and {len(corrupt)} counterfactual prompts, {len(answers)} answers and "
@@ -108,7 +114,7 @@ def draw_task(
     *,
     measure: Measure = "logit-difference",
     difficulty: str = "",
-    special_tokens: bool = False,
+    special_tokens: bool = True,
 ) -> Task:
     """The first n pairs that align token by token, and answers of one token; the others are dropped and counted.
 
@@ -156,19 +162,24 @@ class _Problem(NamedTuple):
 
 def _row(tokenizer: Tokenizer, pair: Pair, special_tokens: bool) -> _Row | _Problem:
     """The tokens of a pair, or why it cannot be used."""
-    clean, corrupt = (
-        tokenizer.bpe.encode(p.text, add_special_tokens=special_tokens) for p in (pair.clean, pair.corrupt)
-    )
-    if len(clean.ids) != len(corrupt.ids):
+
+    def tokens(text: str) -> list[int]:
+        ids = tokenizer.encode(text, special_tokens=False)
+        # a prompt goes on, so nothing that ends a text stands after it
+        return tokenizer.framed(ids, after=False) if special_tokens else ids
+
+    clean, corrupt = tokens(pair.clean.text), tokens(pair.corrupt.text)
+    if len(clean) != len(corrupt):
         return _Problem(
             "clean and counterfactual prompt of different length",
-            f"{pair.clean.text!r} is {len(clean.ids)} tokens, {pair.corrupt.text!r} is {len(corrupt.ids)}",
+            f"{pair.clean.text!r} is {len(clean)} tokens, {pair.corrupt.text!r} is {len(corrupt)}",
         )
-    if not clean.ids:
+    if not (pair.clean.text and clean):
         return _Problem("an empty prompt", repr(pair.clean.text))
     places = [
-        {field: _token_at(encoded.offsets, end) for field, end in filled.ends.items()}
-        for encoded, filled in ((clean, pair.clean), (corrupt, pair.corrupt))
+        {field: len(ids) - len(offsets) + _token_at(offsets, end) for field, end in filled.ends.items()}
+        for ids, filled in ((clean, pair.clean), (corrupt, pair.corrupt))
+        for offsets in (tokenizer.bpe.encode(filled.text, add_special_tokens=False).offsets,)
     ]
     for field in places[0].keys() & places[1].keys():
         if places[0][field] != places[1][field]:
@@ -180,8 +191,8 @@ def _row(tokenizer: Tokenizer, pair: Pair, special_tokens: bool) -> _Row | _Prob
     for texts in (pair.answers, pair.distractors):
         chosen.append([])
         for text in texts:
-            ids = tokenizer.encode(pair.clean.text + text, special_tokens=special_tokens)
-            if ids[:-1] != clean.ids:
+            ids = tokens(pair.clean.text + text)
+            if ids[:-1] != clean:
                 return _Problem(
                     "an answer that is not one token after its prompt",
                     f"{text!r} after {pair.clean.text[-30:]!r} makes the end {tokenizer.strings(ids[-4:])}",
@@ -190,7 +201,7 @@ def _row(tokenizer: Tokenizer, pair: Pair, special_tokens: bool) -> _Row | _Prob
     if not all(chosen) or set(chosen[0]) & set(chosen[1]):
         return _Problem("answers and distractors share a token, or there are none", repr(pair.clean.text))
     roles = {role: places[0][field] + after for role, (field, after) in pair.roles.items()}
-    return _Row(clean.ids, corrupt.ids, chosen[0], chosen[1], roles | {"END": len(clean.ids) - 1}, pair.template)
+    return _Row(clean, corrupt, chosen[0], chosen[1], roles | {"END": len(clean) - 1}, pair.template)
 
 
 def _token_at(offsets: Sequence[tuple[int, int]], character: int) -> int:

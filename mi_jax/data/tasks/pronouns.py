@@ -31,7 +31,7 @@ DIFFICULTY = (
 )
 
 
-def gendered_pronouns(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = False) -> Task:
+def gendered_pronouns(tokenizer: Tokenizer, n: int, *, seed: int, special_tokens: bool = True) -> Task:
     """The pronoun of the name against the other one; the counterfactual has a name of the other gender.
 
     Raises:

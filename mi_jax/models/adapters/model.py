@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 
 from mi_jax.core.apply import Taps
+from mi_jax.core.errors import lacks
 from mi_jax.core.sites import At, SiteError, SiteTable
 from mi_jax.models.adapters.plan import Name, Plan, make_plan
 from mi_jax.models.adapters.search import search, told_apart
@@ -19,6 +20,8 @@ class Adapter(Foreign):
     """A foreign model with the interface of `SiteModel`; `adapt_linen`, `adapt_nnx` and `adapt_equinox` make them."""
 
     plan: eqx.AbstractVar[Plan]
+    if not TYPE_CHECKING:
+        __getattr__ = lacks
 
     @property
     def site_table(self) -> SiteTable:

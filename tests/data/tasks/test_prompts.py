@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as BPE
@@ -13,6 +14,7 @@ from mi_jax.data.tasks.capitals import CAPITALS
 from mi_jax.data.tasks.prompts import Pair, draw_task, fill
 from mi_jax.data.tasks.pronouns import FEMALE, MALE
 from mi_jax.data.tokenizer import Tokenizer
+from tests.data.tasks.conftest import made
 
 N = 12
 
@@ -207,20 +209,36 @@ def test_wrong_names_are_answered_with_the_right_ones(tokenizer):
         make("arithmetic", tokenizer, 1, seed=0, largest=2)
 
 
-def test_a_first_token_moves_all_positions(tokenizer):
-    bpe = BPE.from_str(tokenizer.bpe.to_str())
-    bpe.post_processor = processors.TemplateProcessing(single="! $A", special_tokens=[("!", bpe.token_to_id("!"))])
-    plain, first = (
-        make("ioi", one, N, seed=0, special_tokens=special)
-        for one, special in ((tokenizer, False), (Tokenizer(bpe, 0), True))
-    )
-    np.testing.assert_array_equal(first.clean[:, 1:], plain.clean)
-    np.testing.assert_array_equal(first.clean[:, 0], bpe.token_to_id("!"))
+@pytest.mark.parametrize("kind", ["two digits", "one digit", "sentencepiece"])
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("around", ["<bos> $A", "<bos> $A <eos>", "$A <eos>"])
+def test_prompts_begin_as_the_model_was_trained_and_do_not_end(kind, name, around):
+    """By default; the first token moves all positions, and what ends a text has no place in a prompt."""
+    bpe = BPE.from_str(made(kind).bpe.to_str())
+    bpe.add_special_tokens(["<bos>", "<eos>"])
+    special = [(token, bpe.token_to_id(token)) for token in ("<bos>", "<eos>")]
+    bpe.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
+    plain = make(name, made(kind), N, seed=0)
+    left_out = make(name, Tokenizer(bpe, 0), N, seed=0, special_tokens=False)
+    first = make(name, Tokenizer(bpe, 0), N, seed=0)
+    n = int(around.startswith("<bos>"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, plain, left_out))
+    for which in ("clean", "corrupt", "mask"):
+        np.testing.assert_array_equal(getattr(first, which)[:, n:], getattr(plain, which))
+    np.testing.assert_array_equal(first.clean[:, :n], special[0][1])
     np.testing.assert_array_equal(first.answer, plain.answer)
+    np.testing.assert_array_equal(first.position, plain.position + n)
     assert plain.roles is not None
     assert first.roles is not None
     for role, at in plain.roles.items():
-        np.testing.assert_array_equal(first.roles[role], at + 1)
+        np.testing.assert_array_equal(first.roles[role], at + n)
+
+
+def test_smollm2_has_no_first_token_so_nothing_changes():
+    smollm2 = made("smollm2")
+    for name in TASKS:
+        default, without = (make(name, smollm2, N, seed=0, **options) for options in ({}, {"special_tokens": False}))
+        assert jax.tree.all(jax.tree.map(np.array_equal, default, without))
 
 
 def bytes_only() -> Tokenizer:
@@ -251,3 +269,11 @@ def test_years_that_are_cut_otherwise_are_refused():
     whole.bpe.add_tokens(["174"])
     with pytest.raises(InputError, match=r"this tokenizer cuts a year into .*'174', '2'\]; the task needs"):
         make("greater-than", whole, 1, seed=0)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_one_text_is_no_list_of_prompts(tokenizer, place):
+    given = [["The boy"], ["The girl"], [" is"], [" was"]]
+    given[place] = given[place][0]
+    with pytest.raises(InputError, match="has one entry for every pair; got one text"):
+        from_text("mine", tokenizer, *given)

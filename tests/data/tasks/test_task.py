@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mi_jax.core.errors import InputError
-from mi_jax.data.task import Task
+from mi_jax.data.task import Task, TaskWarning, warn_unless_done
 
 
 def task(**changes) -> Task:
@@ -134,3 +134,36 @@ def unchecked(**changes) -> None:
     for name, value in (vars(task()) | changes).items():
         object.__setattr__(made, name, value)
     made.__check_init__()
+
+
+def test_pairs_are_taken_by_number_and_a_task_ends():
+    made = task()
+    assert [one.answer.tolist() for one in made] == [made.answer[:1].tolist(), made.answer[1:].tolist()]
+    assert made[-1].position.tolist() == [1] == made[np.array([False, True])].position.tolist()
+    assert made[jnp.array([1, 0, -1])].position.tolist() == [1, 2, 1]
+    assert eqx.filter_jit(lambda t, i: t[i])(made, jnp.array([1])).position.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "rows", [2, -3, np.array([0, 2]), jnp.array([-3]), np.array([True]), np.array([True, False, True])], ids=str
+)
+def test_pairs_that_are_not_there_are_refused(rows):
+    with pytest.raises(InputError, match=r"task 't' has 2 pairs \(0–1\)"):
+        task()[rows]
+
+
+def test_a_token_below_zero_is_no_answer():
+    """JAX would count it from the end of the vocabulary; where a set is padded, it has no weight."""
+    for kind in ("answer", "distractor"):
+        with pytest.raises(InputError, match=f"a token of its {kind} is below 0"):
+            task(**{kind: jnp.array([3, -1], jnp.int32), f"{kind}_weight": None})
+    padded = task(answer=jnp.array([[1, 2], [3, -1]], jnp.int32))
+    assert len(padded) == 2
+
+
+def test_a_task_that_is_not_done_is_a_warning(recwarn):
+    warn_unless_done("t", 1.0, 0.5)
+    assert not recwarn
+    for clean, corrupt in ((0.5, 1.0), (1.0, 1.0), (float("nan"), 0.0)):
+        with pytest.warns(TaskWarning, match=f"does not do task 't': its metric is {clean:.4g} on the clean prompts"):
+            warn_unless_done("t", clean, corrupt)

@@ -207,7 +207,17 @@ def _read_scaling(tmp_path, **fields):
 
 def test_linear_and_yarn_scaling_are_read(tmp_path):
     assert _read_scaling(tmp_path, scaling__type="linear", scaling__factor=4.0) == RopeScaling("linear", 4.0)
+    # without a type, and under the older name
+    assert _read_scaling(tmp_path, scaling__factor=4.0) == RopeScaling("linear", 4.0)
     assert _read_scaling(tmp_path, scale_linear=2.0) == RopeScaling("linear", 2.0)
+    assert _read_scaling(tmp_path, scale_linear=2.0, scaling__factor=4.0) == RopeScaling("linear", 4.0)
+    assert _read_scaling(tmp_path, scaling__type="linear", scale_linear=2.0) == RopeScaling("linear", 2.0)
+    for nothing in ({}, {"scaling__factor": 0.0}, {"scaling__factor": 1.0}, {"scale_linear": 1.0}):
+        assert _read_scaling(tmp_path, **nothing) is None
+    assert _read_scaling(tmp_path, scaling__type="none", scaling__factor=4.0) is None
+    for wrong in ({"scaling__factor": -1.0}, {"scaling__factor": 4.0, "scaling__attn_factor": 0.5}):
+        with pytest.raises(CheckpointError, match="rotary scaling 'linear' with factor"):
+            _read_scaling(tmp_path, **wrong)
     assert _read_scaling(tmp_path, scaling__type="none") is None
     yarn = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 8}
     assert _read_scaling(tmp_path, **yarn, scaling__finetuned=1) == RopeScaling("yarn", 4.0, 8)

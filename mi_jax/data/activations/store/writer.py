@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from mi_jax.data.activations.permutation import permute_host
 from mi_jax.data.activations.source import ModelSource, has_layer_axis
 from mi_jax.data.activations.store import layout
 from mi_jax.data.activations.store.layout import Shard, StoreError
+from mi_jax.data.activations.usable import token_ids
 from mi_jax.run import files
 
 Columns = dict[str, np.ndarray]
@@ -37,7 +38,7 @@ def write_activations(
     key: PRNGKeyArray,
     documents: Int[np.ndarray, "document_context document_pos"] | None = None,
     mask: Bool[np.ndarray, "context pos"] | None = None,
-    special_ids: Sequence[int] = (),
+    special_ids: SupportsIndex | Iterable[SupportsIndex] = (),
     skip_positions: int = 1,
     outlier_ratio: float | None = 10.0,
     dtype: str = "bfloat16",
@@ -68,6 +69,7 @@ def write_activations(
     """
     if dtype not in ("float32", "float16", "bfloat16"):
         raise InputError(f"dtype={dtype!r}; a store holds float32, float16 or bfloat16")
+    special_ids = token_ids(special_ids)
     source = ModelSource(
         model,
         tokens,
@@ -121,7 +123,7 @@ def _description(
     source: ModelSource,
     documents: np.ndarray,
     order: np.ndarray,
-    special_ids: Sequence[int],
+    special_ids: list[int],
     skip_positions: int,
     outlier_ratio: float | None,
     chunks_per_shard: int,
@@ -140,7 +142,7 @@ def _description(
         "corpus": corpus.hexdigest(),
         "n_contexts": len(source.tokens),
         "context_length": source.tokens.shape[1],
-        "special_ids": [int(token) for token in special_ids],
+        "special_ids": special_ids,
         "skip_positions": skip_positions,
         "outlier_ratio": outlier_ratio,
         "contexts_per_chunk": source.units_per_chunk,

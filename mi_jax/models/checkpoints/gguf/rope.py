@@ -15,24 +15,21 @@ FACTORS = "rope_freqs.weight"
 
 
 def scaling_from_metadata(meta: Metadata, n_ctx: int) -> RopeScaling | None:
-    """Linear and yarn scaling, which have metadata.
+    """Linear and yarn scaling, which have metadata; a factor without a type is linear, as for llama.cpp's reader.
 
     Raises:
-      CheckpointError: another kind of scaling.
+      CheckpointError: another kind of scaling, or a factor that is not positive.
     """
-    kind = meta.text("rope.scaling.type", "none")
-    # older files name no type
-    legacy = meta.real("rope.scale_linear", 1.0)
-    if kind == "none" and legacy != 1.0:
-        return RopeScaling("linear", legacy)
-    factor = meta.real("rope.scaling.factor", 0.0)
+    # older files have the factor under another name; 0 stands for none
+    factor = meta.real("rope.scaling.factor", meta.real("rope.scale_linear", 0.0))
+    kind = meta.text("rope.scaling.type", "linear" if factor else "none")
     n_ctx_original = meta.whole("rope.scaling.original_context_length", n_ctx)
     gain = meta.real("rope.scaling.attn_factor", 1.0) * meta.real("rope.scaling.yarn_attn_factor", 1.0)
     fast = meta.real("rope.scaling.yarn_beta_fast", 32.0)
     slow = meta.real("rope.scaling.yarn_beta_slow", 1.0)
     mixed = meta.real("rope.scaling.yarn_ext_factor", 1.0)
     meta.value("rope.scaling.finetuned", False)
-    if kind == "linear" and factor > 0:
+    if kind == "linear" and factor > 0 and gain == 1.0:
         return RopeScaling("linear", factor) if factor != 1.0 else None
     if kind == "yarn" and factor > 0 and mixed == 1.0:
         usual = 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
@@ -43,7 +40,8 @@ def scaling_from_metadata(meta: Metadata, n_ctx: int) -> RopeScaling | None:
     if kind != "none" or gain != 1.0:
         raise CheckpointError(
             f"{meta.file.path}: rotary scaling {kind!r} with factor {factor:g}, attention factor {gain:g} and "
-            f"extrapolation {mixed:g} is not read; 'linear' and 'yarn' are, with a positive factor"
+            f"extrapolation {mixed:g} is not read; 'linear' and 'yarn' are, with a positive factor, 'linear' without "
+            "an attention factor"
         )
     return None
 
