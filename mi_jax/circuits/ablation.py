@@ -68,4 +68,4 @@ def _values(model: Decoder, task: Task, ablation: str, reference: Task) -> Array
         return jnp.zeros((graph.n_sources, batch, n_pos, model.config.d_model), dtype)
     means = source_means(model, reference, positional=ablation == "mean-positional").mean
     shape = (means.shape[0], batch, n_pos, means.shape[-1])
-    return jnp.broadcast_to(means[:, None, :n_pos], shape)
+    return jnp.broadcast_to(means[:, None, :n_pos], shape).astype(model.unembedding.dtype)

@@ -74,6 +74,7 @@ def optimal_ablation(
     corrupted = jnp.asarray(edges & ~circuit)
     values, losses = _fit(model, task, corrupted, reference or task, jnp.asarray(learning_rate), loss, steps)
     patch = jnp.broadcast_to(values[:, None, None], (len(values), *task.clean.shape, values.shape[-1]))
+    patch = patch.astype(model.unembedding.dtype)
     return OptimalAblation(values, patch, np.asarray(losses), float(losses.min()))
 
 
@@ -83,7 +84,8 @@ def _fit(
 ) -> tuple[Array, Array]:
     means, size = source_means(model, reference)
     means = means[:, 0]
-    weights = corrupted.astype(means.dtype)
+    dtype = model.unembedding.dtype
+    weights = corrupted.astype(dtype)
     whole = model(task.clean, task.mask, output_pos=task.position)
     shape = (len(means), *task.clean.shape, means.shape[-1])
     optimizer = optax.adam(learning_rate.astype(means.dtype))
@@ -92,7 +94,7 @@ def _fit(
         return means + moved * size[:, None]
 
     def mean_loss(moved):
-        patch = jnp.broadcast_to(values_of(moved)[:, None, None], shape)
+        patch = jnp.broadcast_to(values_of(moved)[:, None, None], shape).astype(dtype)
         logits = masked_forward(model, task.clean, weights, patch, task.mask, output_pos=task.position)
         return loss(logits, whole).mean()
 

@@ -23,12 +23,12 @@ from mi_jax.circuits.scores.gradients import (
     Gradients,
     Pairs,
     projections,
-    sums_in,
 )
 from mi_jax.circuits.scores.rules import FrozenNorm
+from mi_jax.core.precision import sums_in, widened
 from mi_jax.models.block import Layer
 from mi_jax.models.decoder import Decoder
-from mi_jax.models.norm import Norm, normed, widened
+from mi_jax.models.norm import Norm, normed
 
 _INPUTS = {"attn.q": "attn.q_in", "attn.k": "attn.k_in", "attn.v": "attn.v_in"}
 

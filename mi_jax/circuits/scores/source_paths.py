@@ -17,9 +17,9 @@ from mi_jax.circuits.scores.gradients import (
     gradients,
     layer_numbers,
     projections,
-    sums_in,
 )
 from mi_jax.circuits.scores.readers import Readers, joined
+from mi_jax.core.precision import sums_in
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.norm import normed
 
@@ -28,7 +28,7 @@ def ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: bool)
     """The integral by the midpoint rule: α at `(k + 1/2) / steps`."""
     graph = Graph.of(model.config)
     layers = jnp.arange(graph.n_layers, dtype=jnp.int32)[:, None, None, None]
-    alphas = (jnp.arange(steps, dtype=pairs.embed.dtype) + 0.5) / steps
+    alphas = (jnp.arange(steps, dtype=sums_in(pairs.embed.dtype)) + 0.5) / steps
     within = layer_numbers(graph)
     # 0 the input, 1 a head, 2 an MLP or an expert
     kinds = jnp.asarray([1] * graph.n_heads + [2] * (graph.layer_sources - graph.n_heads), jnp.int32)
@@ -39,7 +39,7 @@ def ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: bool)
         difference, kind, layer = row
 
         def at(total, alpha):
-            shift = (alpha - 1) * difference
+            shift = (alpha - 1).astype(difference.dtype) * difference
             in_layer = jnp.where(layers == layer, shift[None], 0)
             point = Point(
                 jnp.where(kind == 0, shift, 0),
