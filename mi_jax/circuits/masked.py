@@ -45,7 +45,7 @@ class State(NamedTuple):
 class _EdgeTap(SourceTap):
     """A tap that feeds every reader its own stream and records how what the sources write differs from the patch."""
 
-    def __init__(self, graph: Graph, params: Block, deltas: Array, weights: Array, patch: Array):
+    def __init__(self, graph: Graph, params: Block, deltas: Array, weights: Array, patch: Array | None):
         super().__init__(graph, params)
         self._deltas, self._weights, self._patch = deltas, weights, patch
 
@@ -68,14 +68,14 @@ class _EdgeTap(SourceTap):
 
     def write(self, z: Array) -> None:
         start = sum(len(part) for part in self.written)
-        super().write(self._patch[start : start + len(z)] - z)
+        super().write(_example_before(z) - z if self._patch is None else self._patch[start : start + len(z)] - z)
 
 
 def masked_forward(
     model: Decoder,
     tokens: Int[Array, "batch pos"],
     edges: Float[Array, "source reader"] | Float[Array, "source reader pos"],
-    patch: Float[Array, "source batch pos d_model"],
+    patch: Float[Array, "source batch pos d_model"] | None,
     mask: Bool[Array, "batch pos"] | None = None,
     *,
     output_pos: Int[Array, " batch"] | None = None,
@@ -88,6 +88,7 @@ def masked_forward(
       edges: weights in [0, 1], zero where no edge exists (`Graph.edges`); with a third axis, the weight at every
         position where the reader reads.
       patch: the sources of another run (`source_outputs`), or what else stands for them (`ablation_values`).
+        None: what the same source writes in this very run for the example before, the first taking the last one's.
       chunk: layers to a chunk; None takes about the square root of their number.
       remat: a gradient runs each layer again instead of keeping what is inside it.
 
@@ -102,7 +103,7 @@ def masked_stream(
     model: Decoder,
     tokens: Int[Array, "batch pos"],
     edges: Float[Array, "source reader"] | Float[Array, "source reader pos"],
-    patch: Float[Array, "source batch pos d_model"],
+    patch: Float[Array, "source batch pos d_model"] | None,
     mask: Bool[Array, "batch pos"] | None = None,
     *,
     output_pos: Int[Array, " batch"] | None = None,
@@ -125,14 +126,19 @@ def chunks(n_layers: int, size: int | None = None) -> list[range]:
     return [range(i, min(i + size, n_layers)) for i in range(0, n_layers, size)]
 
 
-def start(model: Decoder, tokens: Array, patch: Array) -> State:
+def start(model: Decoder, tokens: Array, patch: Array | None) -> State:
     """The state before the first layer."""
     x = embedded(model, tokens)
-    return State(x, ((patch[0] - x)[None],))
+    return State(x, (_example_before(x[None]) - x[None] if patch is None else (patch[0] - x)[None],))
+
+
+def _example_before(z: Float[Array, "source batch pos d_model"]) -> Float[Array, "source batch pos d_model"]:
+    """What the example before writes, and for the first the last."""
+    return jnp.roll(z, 1, 1)
 
 
 def advance(
-    model: Decoder, state: State, edges: Array, patch: Array, mask: Array, layers: range, *, remat: bool = True
+    model: Decoder, state: State, edges: Array, patch: Array | None, mask: Array, layers: range, *, remat: bool = True
 ) -> State:
     """The state after these layers, which are a chunk."""
     graph = Graph.of(model.config)
@@ -153,7 +159,7 @@ def advance(
         at = (number - layers.start) * per_layer
         # looked up in the whole: a chunk of the weights would be copied first
         params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), model.blocks)
-        patched = jax.lax.dynamic_slice_in_dim(patch, first + at, per_layer)
+        patched = None if patch is None else jax.lax.dynamic_slice_in_dim(patch, first + at, per_layer)
         parts = zip(bounds, (*earlier, own), strict=True)
         deltas = sum(weighted(weights[a:b], difference) for (a, b), difference in parts)
         mine = jax.lax.dynamic_slice_in_dim(weights, first + at, per_layer)
@@ -204,11 +210,11 @@ def weighted(
     return jnp.einsum("srp,sbpd->rbpd" if weights.ndim == 3 else "sr,sbpd->rbpd", weights, values)
 
 
-def _check_shapes(graph: Graph, tokens: Array, edges: Array, patch: Array) -> None:
+def _check_shapes(graph: Graph, tokens: Array, edges: Array, patch: Array | None) -> None:
     shape, written = (graph.n_sources, graph.n_readers), (graph.n_sources, *tokens.shape)
-    if edges.shape not in (shape, (*shape, tokens.shape[1])) or patch.shape[:3] != written:
+    if edges.shape not in (shape, (*shape, tokens.shape[1])) or (patch is not None and patch.shape[:3] != written):
         raise InputError(
             f"edges have shape {shape} [source reader], or {(*shape, tokens.shape[1])} with a weight for every "
             f"position, and the patch has {written} [source batch pos], then d_model; got edges of shape {edges.shape} "
-            f"and a patch of shape {patch.shape}"
+            f"and a patch of shape {None if patch is None else patch.shape}"
         )

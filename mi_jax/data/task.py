@@ -19,8 +19,8 @@ class Task(eqx.Module):
     """Pairs of prompts and a metric, which compares the answers with the distractors at one position of each prompt.
 
     `measure="logit-difference"`: `Σ_i w_i · logit(answer_i) − Σ_j u_j · logit(distractor_j)`; without weights the mean
-    of each set. `"probability-difference"`: the same with probabilities; without weights the sum of each set. Both are taken
-    in float32 or better, whatever the dtype of the logits.
+    of each set. `"probability-difference"`: the same with probabilities; without weights the sum of each set. Both are
+    taken in float32 or better, whatever the dtype of the logits.
 
     Attributes:
       clean, corrupt: prompts of the same lengths, right-padded, `[batch pos]`.
