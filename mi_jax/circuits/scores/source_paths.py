@@ -1,7 +1,9 @@
 """The integral of every source along its own path: one run for every source and step.
 
 `score(s→r) = (z_s − z'_s) · ∫ ∂m/∂v_r dα`, with only z_s on the line `z'_s + α (z_s − z'_s)` and everything after it
-computed. Over the readers of a source, the scores add up to what corrupting the whole source changes.
+computed. Over the readers of a source, the scores add up to what corrupting the whole source changes, as the number of
+steps grows. In a mixture they do not: where the path changes which experts a router chooses, the metric jumps, and no
+gradient has seen it.
 """
 
 import jax
