@@ -107,7 +107,7 @@ def test_a_split_has_no_prompt_on_both_sides_and_drops_what_straddles_it(kinds, 
     assert len(set(kept)) == len(kept)
     for left_out in set(range(len(kinds))) - set(kept):
         one = {tuple(row[left_out].tolist()) for row in (given_triples.base, given_triples.source)}
-        assert not (one <= sides[0] or one <= sides[1])
+        assert not any(one <= side for side in sides)
     assert len(score) >= held_out * len(kept)
     # rows stay together
     for part in (fit, score):

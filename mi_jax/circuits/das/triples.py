@@ -74,8 +74,8 @@ class Triples(eqx.Module):
     def split(self, held_out: float = 0.25, *, key: PRNGKeyArray) -> tuple["Triples", "Triples"]:
         """Training and held-out triples that have no prompt in common, be it as base or as source.
 
-        Triples whose two prompts come to different sides are left out. Prompts that go together are kept together: where
-        every triple has prompts of its own none is left out, where few prompts are combined freely about half are.
+        Triples whose two prompts come to different sides are left out. Prompts that go together are kept together:
+        where every triple has prompts of its own none is left out, where few are combined freely about half are.
 
         Args:
           held_out: the least share of held-out triples among those on either side.
@@ -99,8 +99,8 @@ class Triples(eqx.Module):
         good = (scored >= held_out * (scored + fitted)) & (scored > 0) & (fitted > 0)
         if not good.any():
             raise InputError(
-                f"held_out={held_out} of {n} triples with {n_prompts} different prompts leaves one side empty; give more "
-                "prompts, another share, or the held-out Triples themselves"
+                f"held_out={held_out} of {n} triples with {n_prompts} different prompts leaves one side empty; give "
+                "more prompts, another share, or the held-out Triples themselves"
             )
         cut = int(cuts[good][0])
         return self.take(np.flatnonzero(first >= cut)), self.take(np.flatnonzero(last < cut))
