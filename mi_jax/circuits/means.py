@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mi_jax.circuits.sources import source_outputs
-from mi_jax.core.precision import sums_in, widened
+from mi_jax.core.precision import widened, widened_dtype
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
@@ -44,7 +44,7 @@ def source_means(model: Decoder, task: Task, *, positional: bool = False) -> Sou
         return (total[0] + sums, total[1] + squares), None
 
     shape = jax.eval_shape(lambda: source_outputs(model, tokens[0], mask[0]))
-    n_sources, d_model, dtype = shape.shape[0], shape.shape[-1], sums_in(shape.dtype)
+    n_sources, d_model, dtype = shape.shape[0], shape.shape[-1], widened_dtype(shape.dtype)
     start = jnp.zeros((n_sources, n_pos, d_model), dtype), jnp.zeros(n_sources, dtype)
     (total, squares), _ = jax.lax.scan(add, start, (tokens, mask))
     count = task.mask.sum(0).astype(dtype)

@@ -1,21 +1,36 @@
-"""One rule for half precision: what is added up, exponentiated or compared is first widened to 32 bits.
+"""The rule for half precision: sums, comparisons and factorisations in float32, tolerances by dtype.
 
-A model in bfloat16 or float16 keeps its dtype in its weights, its stream and its logits. Softmaxes, metrics, means over
-prompts and scores are made of values that went through `widened`, or in an accumulator of dtype `sums_in`: a 16-bit sum
-of many terms stands still, and the difference of two 16-bit metrics is mostly 0.
+A model in bfloat16 or float16 keeps its values in that dtype. Means, counts, differences, factorisations and scores of
+them are made of `widened` values and rounded at most once, at the end.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 
-def sums_in(dtype: Any) -> Any:
-    """The dtype in which values of another are added up: with at least 32 bits."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+def widened(x: Array) -> Array:
+    """In float32, where the dtype is a float of fewer bits."""
+    return x.astype(widened_dtype(x.dtype))
 
 
-def widened(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The same values with at least 32 bits."""
-    return x.astype(sums_in(x.dtype))
+def widened_dtype(dtype: Any) -> Any:
+    """The dtype in which values of `dtype` are summed and compared."""
+    half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.float32 if half else dtype
+
+
+def rounding(dtype: Any) -> float:
+    """The distance of 1 from the next number, `eps`; 0 for what is not floating."""
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+
+
+def tolerance(dtype: Any, exact: float = 1e-5) -> float:
+    """By how much two computations of one value may differ, relative to its scale.
+
+    Args:
+      exact: for float32 and wider.
+    """
+    # a handful of roundings on the way: norm, projection, softmax, sum
+    return exact if widened_dtype(dtype) == dtype else max(exact, 8 * rounding(dtype))

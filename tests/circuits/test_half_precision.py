@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 
 from mi_jax.circuits import METHODS, Graph, ablation_values, edge_scores, exact_edges, faithfulness, kl_divergence
+from mi_jax.circuits.das import Triples, fit_das
 from mi_jax.circuits.metrics import circuit_metrics, completeness, hypothesis_tests, minimality
 from mi_jax.circuits.neuron_runs import neuron_faithfulness
 from mi_jax.circuits.neurons import neuron_scores, random_neurons
@@ -65,6 +66,12 @@ def hypotheses(model):
     return [found.non_equivalence.statistic, found.independence.statistic]
 
 
+def aligned(model):
+    triples = Triples(TASK.clean, TASK.corrupt, TASK.answer, position=TASK.position)
+    options = {"layers": (0,), "positions": (3,), "k": 2, "steps": 3, "seeds": 1, "controls": ()}
+    return fit_das(model, triples, **options, key=KEY).losses
+
+
 # those that run by default; the others are slow, for each compiles two programs
 QUICK = (("eap", jnp.bfloat16), ("atp+qk", jnp.float16), ("exact", jnp.bfloat16), ("ugs", jnp.bfloat16))
 CASES = {
@@ -84,6 +91,7 @@ CASES = {
     "minimality": lambda model: minimality(model, TASK, CIRCUIT, knockouts=1, max_parts=4).alone,
     "hypotheses": hypotheses,
     "scrubbing": scrubbed,
+    "das": aligned,
 }
 # their decisions and paths can turn with any rounding, so what is asked is that they run and stay near
 UNSTABLE = ("acdc", "eap-gp", "hypotheses", "completeness", "minimality")

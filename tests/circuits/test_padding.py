@@ -106,7 +106,8 @@ def test_padding_changes_nothing(case, name):
 
 def test_values_of_real_tokens_do_not_depend_on_padding():
     model, real = family("gpt2"), np.asarray(TASK.mask)
-    for ablation in ABLATIONS:
+    # optimal ones go through the whole fit; the slow cases have them
+    for ablation in ABLATIONS[:-1]:
         expected = np.asarray(ablation_values(model, TASK, ablation))[:, real]
         found = np.asarray(ablation_values(model, padded(3, 5, 4), ablation))[:, :, :4][:, real]
         np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=ablation)

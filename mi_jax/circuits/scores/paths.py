@@ -19,7 +19,7 @@ from mi_jax.circuits.scores.gradients import (
 )
 from mi_jax.circuits.scores.readers import added, nothing, scores_of
 from mi_jax.circuits.scores.rules import RELP
-from mi_jax.core.precision import sums_in, widened
+from mi_jax.core.precision import widened, widened_dtype
 from mi_jax.models.decoder import Decoder
 
 Scores = Float[Array, "source reader *pos"]
@@ -49,7 +49,7 @@ def _averaged(
 
 
 def _along_input(model: Decoder, pairs: Pairs, alphas: list[float], positions: bool) -> Scores:
-    at = jnp.asarray(alphas, sums_in(pairs.embed.dtype))
+    at = jnp.asarray(alphas, widened_dtype(pairs.embed.dtype))
     return _averaged(model, pairs, lambda alpha: (point_of_input(pairs, alpha), {}), at, positions)
 
 
@@ -107,7 +107,7 @@ def eap_ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: b
         return point, {"attn_out": ~heads, "mlp_out": ~mlps}
 
     nodes = jnp.repeat(jnp.arange(n_nodes, dtype=jnp.int32), steps)
-    alphas = jnp.tile(jnp.arange(1, steps + 1, dtype=sums_in(pairs.embed.dtype)) / steps, n_nodes)
+    alphas = jnp.tile(jnp.arange(1, steps + 1, dtype=widened_dtype(pairs.embed.dtype)) / steps, n_nodes)
     return _averaged(model, pairs, place, (nodes, alphas), positions)
 
 

@@ -21,7 +21,7 @@ from mi_jax.circuits.scores.gradients import (
     projections,
 )
 from mi_jax.circuits.scores.readers import Readers, joined
-from mi_jax.core.precision import sums_in
+from mi_jax.core.precision import widened_dtype
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.norm import normed
 
@@ -30,7 +30,7 @@ def ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: bool)
     """The integral by the midpoint rule: α at `(k + 1/2) / steps`."""
     graph = Graph.of(model.config)
     layers = jnp.arange(graph.n_layers, dtype=jnp.int32)[:, None, None, None]
-    alphas = (jnp.arange(steps, dtype=sums_in(pairs.embed.dtype)) + 0.5) / steps
+    alphas = (jnp.arange(steps, dtype=widened_dtype(pairs.embed.dtype)) + 0.5) / steps
     within = layer_numbers(graph)
     # 0 the input, 1 a head, 2 an MLP or an expert
     kinds = jnp.asarray([1] * graph.n_heads + [2] * (graph.layer_sources - graph.n_heads), jnp.int32)
@@ -50,7 +50,7 @@ def ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: bool)
             )
             return total + _along(model, pairs, gradients(model, pairs, point), difference), None
 
-        start = jnp.zeros((graph.n_readers, pairs.embed.shape[1]), sums_in(difference.dtype))
+        start = jnp.zeros((graph.n_readers, pairs.embed.shape[1]), widened_dtype(difference.dtype))
         return jax.lax.scan(at, start, alphas)[0] / steps
 
     scores = jax.lax.map(source, (pairs.difference, kinds, within))
@@ -65,7 +65,7 @@ def _along(
 ) -> Float[Array, "reader pos"]:
     """The derivative in one direction through every reader, without the gradients of the readers' inputs."""
     numbers = jnp.arange(model.config.n_layers, dtype=jnp.int32)
-    exact = sums_in(difference.dtype)
+    exact = widened_dtype(difference.dtype)
 
     def body(_, row):
         number, params, x, made = row
