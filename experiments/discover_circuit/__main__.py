@@ -10,9 +10,10 @@ methods, 70,651 edges. At most 15 minutes and 2 GB on 2 CPU cores. `--config.met
 
 For every method `results.json` has, on the held-out pairs, `discover_circuit.METHOD.cmd` and `.cpr` as MIB defines
 them, each with its interval over prompts and two nulls: random circuits of the same size (`_null`) and of the same
-size in every pair of layers (`_null_layers`); and `.stability_jaccard`: how alike two circuits of equal size are that
-the method finds on resampled search pairs, with the interval of that and random circuits as its null.
-`stability_split_jaccard` is stricter: between the two halves of the pairs. `report.html` draws the circuit of the
+size in every pair of layers (`_null_layers`). CMD is nearly all about large circuits, so what the small ones keep
+stands beside it: `.faithfulness_at_0_1_percent`, `0_5` and `1`. `.stability_jaccard` is how alike two circuits of equal
+size are that the method finds on the two halves of the search pairs, with random circuits as its null;
+`.stability_bootstrap_jaccard` is that of resampled pairs, which overlap. `report.html` draws the circuit of the
 method with the smallest CMD; `circuits/METHOD.json` holds every circuit in EAP-IG's format, which MIB takes.
 `--config.tests` adds every other metric and the hypothesis tests for that circuit, some minutes more.
 """

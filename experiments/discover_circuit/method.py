@@ -59,8 +59,8 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
         each = per_prompt_scores(_score(config, name), compared.model, compared.search)
         scores, mask = each.mean(0), None
         for key, found in (
-            ("stability_jaccard", bootstrap_stability(each, graph, compared.n_edges, key=keys[0], rule=rule)),
-            ("stability_split_jaccard", split_stability(each, graph, compared.n_edges, key=keys[1], rule=rule)),
+            ("stability_jaccard", split_stability(each, graph, compared.n_edges, key=keys[1], rule=rule)),
+            ("stability_bootstrap_jaccard", bootstrap_stability(each, graph, compared.n_edges, key=keys[0], rule=rule)),
         ):
             results |= _stability(f"{prefix}.{key}", found)
     else:
@@ -78,7 +78,7 @@ def run_method(compared: Comparison, name: str, folder: Workdir, progress: Progr
             ablation=config.ablation,
             seed=config.seed,
         )
-        results |= curves.cmd.flat(f"{prefix}.cmd") | curves.cpr.flat(f"{prefix}.cpr")
+        results |= curves.flat(f"{prefix}.")
         drawn |= {
             "fractions": curves.absolute.fractions,
             "edges": curves.absolute.edges,

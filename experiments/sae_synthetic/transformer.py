@@ -17,7 +17,7 @@ from experiments.sae_synthetic.measure import Known, pursuit_on_truth
 from experiments.sae_synthetic.suite import compared
 from mi_jax.run import Progress, Workdir
 from mi_jax.validation.attribute_model import AttributeModel, AttributeModelConfig, learned, train_attribute_model
-from mi_jax.validation.attribute_truth import Truth, causal_effect, true_directions
+from mi_jax.validation.attribute_truth import FeatureDirections, causal_effect, true_directions
 
 EFFECT_SEQUENCES = 200
 # of a stage's progress, before the dictionaries
@@ -59,7 +59,7 @@ def transformer(
     return results | found, per_seed
 
 
-def _activations(trained: AttributeModel, train: Array, test: Array, truth: Truth) -> tuple[Array, Known]:
+def _activations(trained: AttributeModel, train: Array, test: Array, truth: FeatureDirections) -> tuple[Array, Known]:
     """Activations to train on, and those of other sequences with their attributes."""
     x = trained.activations(train)[0]
     x = x.reshape(-1, x.shape[-1])
@@ -68,7 +68,7 @@ def _activations(trained: AttributeModel, train: Array, test: Array, truth: Trut
 
 
 def _truth(
-    trained: AttributeModel, truth: Truth, test: Array, known: Known, config: SyntheticConfig, *, key: Array
+    trained: AttributeModel, truth: FeatureDirections, test: Array, known: Known, config: SyntheticConfig, *, key: Array
 ) -> dict[str, Any]:
     """How well the model has learnt the rule, and how true and how linear the directions are."""
     task = learned(trained, test)

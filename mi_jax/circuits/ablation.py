@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.means import source_means
-from mi_jax.circuits.optimal import optimal_ablation
+from mi_jax.circuits.optimal import held_out_constants
+from mi_jax.circuits.optimal import optimal_ablation as optimal_ablation
 from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
@@ -33,11 +34,14 @@ def ablation_values(
       ablation: "resample", what the sources write in the corrupt prompt of each pair; "zero"; "mean", one vector a
         source, over all real tokens; "mean-positional", one vector a source and position, over all prompts that have a
         token there (the mean over all tokens where none has); "optimal", `optimal_ablation` of the circuit without
-        edges. Values that were computed before are returned as they are.
-      reference: whose corrupt prompts means are taken over; None is the task itself.
+        edges, fitted on the reference, or without one for each half of the prompts on the other half. Values that were
+        computed before are returned as they are.
+      reference: whose corrupt prompts means are taken over, and which optimal values are fitted on; None is the task
+        itself.
 
     Raises:
-      InputError: an unknown ablation, values of another shape, or a reference with shorter prompts.
+      InputError: an unknown ablation, values of another shape, a reference with shorter prompts, or optimal values for
+        one prompt without a reference.
     """
     if not isinstance(ablation, str):
         shape = (Graph.of(model.config).n_sources, *task.clean.shape, model.config.d_model)
@@ -47,7 +51,7 @@ def ablation_values(
     if ablation not in get_args(Ablation):
         raise InputError(f"ablation is one of {', '.join(get_args(Ablation))}, or an array; got {ablation!r}")
     if ablation == "optimal":
-        return optimal_ablation(model, task, reference=reference).patch
+        return held_out_constants(model, task, reference)
     reference = task if reference is None else reference
     if ablation == "mean-positional" and reference.corrupt.shape[1] < task.clean.shape[1]:
         raise InputError(
@@ -68,4 +72,4 @@ def _values(model: Decoder, task: Task, ablation: str, reference: Task) -> Array
         return jnp.zeros((graph.n_sources, batch, n_pos, model.config.d_model), dtype)
     means = source_means(model, reference, positional=ablation == "mean-positional").mean
     shape = (means.shape[0], batch, n_pos, means.shape[-1])
-    return jnp.broadcast_to(means[:, None, :n_pos], shape)
+    return jnp.broadcast_to(means[:, None, :n_pos], shape).astype(model.unembedding.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mi_jax.circuits.runs.sources import source_outputs
+from mi_jax.core.precision import widened, widened_dtype
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
 
@@ -15,7 +16,7 @@ _AT_ONCE = 16
 
 
 class SourceMeans(NamedTuple):
-    """Means over the real tokens of corrupt prompts.
+    """Means over the real tokens of corrupt prompts, in float32 or better.
 
     Attributes:
       mean: of what every source writes, at every position or over all.
@@ -36,14 +37,14 @@ def source_means(model: Decoder, task: Task, *, positional: bool = False) -> Sou
     def add(total, row):
         tokens, real = row
         # a prompt that only fills up has a token, lest nothing can be attended to
-        written = source_outputs(model, tokens, real.at[:, 0].set(True))
+        written = widened(source_outputs(model, tokens, real.at[:, 0].set(True)))
         weights = real.astype(written.dtype)
         sums = jnp.einsum("sbpd,bp->spd", written, weights)
         squares = jnp.einsum("sbpd,bp->s", jnp.square(written), weights)
         return (total[0] + sums, total[1] + squares), None
 
     shape = jax.eval_shape(lambda: source_outputs(model, tokens[0], mask[0]))
-    n_sources, d_model, dtype = shape.shape[0], shape.shape[-1], shape.dtype
+    n_sources, d_model, dtype = shape.shape[0], shape.shape[-1], widened_dtype(shape.dtype)
     start = jnp.zeros((n_sources, n_pos, d_model), dtype), jnp.zeros(n_sources, dtype)
     (total, squares), _ = jax.lax.scan(add, start, (tokens, mask))
     count = task.mask.sum(0).astype(dtype)

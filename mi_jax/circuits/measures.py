@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mi_jax.core.precision import widened
+
 
 def kl_divergence(
     logits: Float[Array, "batch 1 d_vocab"], reference: Float[Array, "batch 1 d_vocab"]
 ) -> Float[Array, " batch"]:
     """`KL(reference ‖ logits)` in nats, of every prompt: what is lost by reading `logits` instead of `reference`."""
-    p, q = jax.nn.log_softmax(reference[:, 0]), jax.nn.log_softmax(logits[:, 0])
+    p, q = (jax.nn.log_softmax(widened(x[:, 0])) for x in (reference, logits))
     return jnp.where(jnp.isneginf(p), 0.0, jnp.exp(p) * (p - q)).sum(-1)
 
 

@@ -20,6 +20,7 @@ from mi_jax.circuits.runs import CircuitRuns
 from mi_jax.circuits.runs.answer import AnswerLayout
 from mi_jax.circuits.runs.program import compared
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 from mi_jax.data.task import Task
 from mi_jax.models.block import block
 from mi_jax.models.decoder import Decoder
@@ -153,7 +154,8 @@ def _values(x: Float[Array, "layer batch pos ..."], mask: Bool[Array, "batch pos
     if ablation == "zero":
         return jnp.zeros_like(x[:, :1, :1])
     real = mask.reshape(1, *mask.shape, *(1,) * (x.ndim - 3))
-    return jnp.where(real, x, 0).sum((1, 2), keepdims=True) / mask.sum(dtype=x.dtype)
+    total = jnp.where(real, widened(x), 0).sum((1, 2), keepdims=True)
+    return (total / mask.sum(dtype=total.dtype)).astype(x.dtype)
 
 
 class _NeuronTap:

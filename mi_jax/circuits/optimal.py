@@ -2,7 +2,8 @@
 
 Every source gets one vector, shared by all prompts and positions, and the vectors together minimise the loss of the
 circuit whose other edges carry them. Means and zeros are points of the same space, so that no constant ablation leaves
-the circuit less.
+the circuit less. That holds on the prompts of the fit: constants of a few prompts also fit what is particular to these,
+so a circuit is measured on others (`held_out_constants`).
 """
 
 import dataclasses
@@ -53,7 +54,9 @@ def optimal_ablation(
     learning_rate: float = 0.05,
     reference: Task | None = None,
 ) -> OptimalAblation:
-    """Fits the ablation values of a circuit with Adam, from the means.
+    """Fits the ablation values of a circuit with Adam, from the means, on the prompts of `task`.
+
+    Measure a circuit under these values on other prompts than those of the fit.
 
     Args:
       circuit: edges that keep what their sources write; None keeps no edge.
@@ -73,8 +76,39 @@ def optimal_ablation(
         raise InputError(f"steps must be at least 1, got {steps}")
     corrupted = jnp.asarray(edges & ~circuit)
     values, losses = _fit(model, task, corrupted, reference or task, jnp.asarray(learning_rate), loss, steps)
+    return OptimalAblation(values, _everywhere(model, values, task), np.asarray(losses), float(losses.min()))
+
+
+def held_out_constants(
+    model: Decoder, task: Task, reference: Task | None = None
+) -> Float[Array, "source batch pos d_model"]:
+    """Optimal values of the circuit without edges, of every prompt from a fit on other prompts.
+
+    Args:
+      reference: prompts of the fit. None: each half of the task (every other prompt) gets what is fitted on the other.
+
+    Raises:
+      InputError: a task of one prompt and no reference.
+    """
+    if reference is not None:
+        return _everywhere(model, optimal_ablation(model, reference).values, task)
+    if len(task) < 2:
+        raise InputError(
+            "optimal ablation values are fitted on other prompts than they are measured on; this task has one: give "
+            "more prompts, or reference= prompts for the fit"
+        )
+    rows = np.arange(len(task))
+    even, odd = (optimal_ablation(model, task[rows[rows % 2 == side]]).values for side in (0, 1))
+    of_row = jnp.asarray(rows % 2 == 0)[None, :, None, None]
+    first, second = (_everywhere(model, values, task) for values in (odd, even))
+    return jnp.where(jnp.broadcast_to(of_row, first.shape), first, second)
+
+
+def _everywhere(
+    model: Decoder, values: Float[Array, "source d_model"], task: Task
+) -> Float[Array, "source batch pos d_model"]:
     patch = jnp.broadcast_to(values[:, None, None], (len(values), *task.clean.shape, values.shape[-1]))
-    return OptimalAblation(values, patch, np.asarray(losses), float(losses.min()))
+    return patch.astype(model.unembedding.dtype)
 
 
 @eqx.filter_jit
@@ -83,7 +117,8 @@ def _fit(
 ) -> tuple[Array, Array]:
     means, size = source_means(model, reference)
     means = means[:, 0]
-    weights = corrupted.astype(means.dtype)
+    dtype = model.unembedding.dtype
+    weights = corrupted.astype(dtype)
     whole = model(task.clean, task.mask, output_pos=task.position)
     shape = (len(means), *task.clean.shape, means.shape[-1])
     optimizer = optax.adam(learning_rate.astype(means.dtype))
@@ -92,7 +127,7 @@ def _fit(
         return means + moved * size[:, None]
 
     def mean_loss(moved):
-        patch = jnp.broadcast_to(values_of(moved)[:, None, None], shape)
+        patch = jnp.broadcast_to(values_of(moved)[:, None, None], shape).astype(dtype)
         logits = masked_forward(model, task.clean, weights, patch, task.mask, output_pos=task.position)
         return loss(logits, whole).mean()
 

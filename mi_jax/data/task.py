@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 
 Measure = Literal["logit-difference", "probability-difference"]
 
@@ -24,7 +25,8 @@ class Task(eqx.Module):
     """Pairs of prompts and a metric, which compares the answers with the distractors at one position of each prompt.
 
     `measure="logit-difference"`: `Σ_i w_i · logit(answer_i) − Σ_j u_j · logit(distractor_j)`; without weights the mean
-    of each set. `"probability-difference"`: the same with probabilities; without weights the sum of each set.
+    of each set. `"probability-difference"`: the same with probabilities; without weights the sum of each set. Both are
+    taken in float32 or better, whatever the dtype of the logits.
 
     Attributes:
       clean, corrupt: prompts of the same lengths, right-padded, `[batch pos]`.
@@ -146,11 +148,11 @@ class Task(eqx.Module):
 
     def logit_difference(self, logits: Float[Array, "batch 1 d_vocab"]) -> Float[Array, " batch"]:
         """Logits of the answers minus those of the distractors, from logits at `position` only."""
-        return self._difference(logits[:, 0], mean=True)
+        return self._difference(widened(logits[:, 0]), mean=True)
 
     def probability_difference(self, logits: Float[Array, "batch 1 d_vocab"]) -> Float[Array, " batch"]:
         """Probability of the answers minus that of the distractors, from logits at `position` only."""
-        return self._difference(jax.nn.softmax(logits[:, 0]), mean=False)
+        return self._difference(jax.nn.softmax(widened(logits[:, 0])), mean=False)
 
     def metric(self, logits: Float[Array, "batch 1 d_vocab"]) -> Float[Array, " batch"]:
         """What circuits are scored by, of every pair: larger where the model does the task.
@@ -164,7 +166,7 @@ class Task(eqx.Module):
 
     def answer_probability(self, logits: Float[Array, "batch 1 d_vocab"]) -> Float[Array, " batch"]:
         """Probability of the answer, or of all answers, among all tokens."""
-        return self._weighed(jax.nn.softmax(logits[:, 0]), self.answer, self.answer_weight, mean=False)
+        return self._weighed(jax.nn.softmax(widened(logits[:, 0])), self.answer, self.answer_weight, mean=False)
 
     def correct(self, logits: Float[Array, "batch 1 d_vocab"]) -> Bool[Array, " batch"]:
         """True where the model does the task.

@@ -1,7 +1,7 @@
 """Validation: networks with known mechanisms, and how well what was found agrees with what is there."""
 
 from mi_jax.validation.alignment import Agreement as Agreement
-from mi_jax.validation.alignment import Null as Null
+from mi_jax.validation.alignment import RandomF1 as RandomF1
 from mi_jax.validation.alignment import agreement as agreement
 from mi_jax.validation.alignment import layer_matched_null as layer_matched_null
 from mi_jax.validation.alignment import random_null as random_null

@@ -38,7 +38,7 @@ class Agreement:
 
 
 @dataclasses.dataclass(frozen=True)
-class Null:
+class RandomF1:
     """F1 of random circuits: mean and the range that holds 95 % of them."""
 
     mean: float
@@ -58,7 +58,7 @@ def agreement(found: np.ndarray, true: np.ndarray) -> Agreement:
     return Agreement(int((found & true).sum()), int(found.sum()), int(true.sum()))
 
 
-def random_null(graph: Graph, found: Sequence[Edges], true: Sequence[Edges], *, seeds: Sequence[int]) -> Null:
+def random_null(graph: Graph, found: Sequence[Edges], true: Sequence[Edges], *, seeds: Sequence[int]) -> RandomF1:
     """F1, pooled over mechanisms, of circuits with as many edges as the found ones, drawn uniformly."""
     return _null(
         [
@@ -74,7 +74,9 @@ def random_null(graph: Graph, found: Sequence[Edges], true: Sequence[Edges], *, 
     )
 
 
-def layer_matched_null(graph: Graph, found: Sequence[Edges], true: Sequence[Edges], *, seeds: Sequence[int]) -> Null:
+def layer_matched_null(
+    graph: Graph, found: Sequence[Edges], true: Sequence[Edges], *, seeds: Sequence[int]
+) -> RandomF1:
     """The same with as many edges between every two layers as the found circuits have.
 
     A method that only knows between which layers the edges run does as well as this.
@@ -94,9 +96,9 @@ def layer_matched_null(graph: Graph, found: Sequence[Edges], true: Sequence[Edge
     )
 
 
-def _null(values: Sequence[float]) -> Null:
+def _null(values: Sequence[float]) -> RandomF1:
     low, high = np.quantile(values, [0.025, 0.975])
-    return Null(float(np.mean(values)), float(low), float(high), len(values))
+    return RandomF1(float(np.mean(values)), float(low), float(high), len(values))
 
 
 def _stage(name: str) -> tuple[str, str]:

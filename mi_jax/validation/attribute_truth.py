@@ -21,7 +21,7 @@ from mi_jax.validation.attribute_task import AttributeTask
 
 
 @dataclasses.dataclass(frozen=True)
-class Truth:
+class FeatureDirections:
     """The directions of the features, and how linear the stream is in them; all R² are on held-out sequences.
 
     The null gives every token the attributes of another one, which keeps frequencies, trees and sequences.
@@ -47,7 +47,7 @@ class Truth:
 
 
 @dataclasses.dataclass(frozen=True)
-class Effect:
+class FeatureEffect:
     """What adding or taking away a feature's direction does to the prediction, beside what the rule says.
 
     Changes of the logits are written as a sum over attributes, by least squares. The null flips each feature along the
@@ -64,7 +64,9 @@ class Effect:
     correlation_null: float
 
 
-def true_directions(trained: AttributeModel, tokens: Int[Array, "batch pos"], *, key: PRNGKeyArray) -> Truth:
+def true_directions(
+    trained: AttributeModel, tokens: Int[Array, "batch pos"], *, key: PRNGKeyArray
+) -> FeatureDirections:
     """The direction of every feature, from the first half of the sequences; R² on the second half.
 
     Example:
@@ -86,7 +88,7 @@ def true_directions(trained: AttributeModel, tokens: Int[Array, "batch pos"], *,
     weights = _least_squares(f_fit, x_fit)
     difference = np.stack([x_fit[f > 0.5].mean(0) - x_fit[f < 0.5].mean(0) for f in f_fit.T])
     lengths = np.linalg.norm(difference, axis=1) * np.linalg.norm(weights[:-1], axis=1)
-    return Truth(
+    return FeatureDirections(
         directions=weights[:-1].astype(np.float32),
         offset=weights[-1].astype(np.float32),
         frequencies=features.mean((0, 1)).astype(np.float32),
@@ -100,7 +102,7 @@ def true_directions(trained: AttributeModel, tokens: Int[Array, "batch pos"], *,
 
 def causal_effect(
     trained: AttributeModel, directions: Float[np.ndarray, "feature d_model"], tokens: Int[Array, "batch pos"]
-) -> Effect:
+) -> FeatureEffect:
     """Flips every feature, one at a time, in the middle of every sequence, by adding or subtracting its direction."""
     task, pos = trained.task, trained.task.config.n_pos // 2
     rows = jnp.asarray(directions)
@@ -109,7 +111,7 @@ def causal_effect(
     change, null = (np.asarray(_changes(trained.model, task, d, tokens, pos), np.float64) for d in (rows, others))
     rule = np.asarray(_rule_changes(task, tokens, pos), np.float64)
     scale = (rule**2).sum((1, 2))
-    return Effect(
+    return FeatureEffect(
         slope=((change * rule).sum((1, 2)) / scale).astype(np.float32),
         slope_null=((null * rule).sum((1, 2)) / scale).astype(np.float32),
         correlation=float(np.corrcoef(change.ravel(), rule.ravel())[0, 1]),

@@ -96,3 +96,21 @@ def test_a_circuit_of_all_edges_has_nothing_to_fit():
     np.testing.assert_allclose(found.losses, 0, atol=1e-6)
     with pytest.raises(InputError, match="a circuit has shape"):
         optimal_ablation(model(), TASK, np.zeros((2, 2), bool))
+
+
+def test_optimal_values_are_fitted_on_other_prompts():
+    """Cross-fitted by halves, or fitted on the reference; never on the prompt that they stand for."""
+    found = np.asarray(ablation_values(model(), TASK, "optimal"))
+    for row, other in ((0, 1), (1, 0)):
+        expected = optimal_ablation(model(), TASK[np.array([other])]).values
+        np.testing.assert_allclose(found[:, row, 2], expected, atol=1e-6)
+    np.testing.assert_array_equal(found, np.broadcast_to(found[:, :, :1], found.shape))
+    # what a prompt says about itself does not enter
+    changed = dataclasses.replace(TASK, clean=TASK.clean.at[0].set((TASK.clean[0] + 3) % 13))
+    moved = np.asarray(ablation_values(model(), changed, "optimal"))
+    np.testing.assert_array_equal(moved[:, 0], found[:, 0])
+    assert np.abs(moved[:, 1] - found[:, 1]).max() > 1e-3
+    with pytest.raises(InputError, match="fitted on other prompts than they are measured on; this task has one"):
+        ablation_values(model(), TASK[:1], "optimal")
+    alone = ablation_values(model(), TASK[:1], "optimal", TASK[np.array([1])])
+    np.testing.assert_allclose(alone[:, 0, 0], found[:, 0, 0], atol=1e-6)

@@ -92,21 +92,33 @@ def test_principal_angles_of_planes_that_share_a_line():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=8, max_size=40), st.floats(0.1, 0.6), st.integers(0, 99))
-def test_a_split_keeps_every_triple_once_and_no_pair_on_both_sides(kinds, held_out, seed):
+def test_a_split_has_no_prompt_on_both_sides_and_drops_what_straddles_it(kinds, held_out, seed):
     kinds = np.asarray(kinds)
-    given_triples = triples(np.stack([kinds, kinds // 2], 1), np.stack([kinds % 2, kinds], 1))
+    # kinds 0 and 1 share a prompt, and so do 4 and 5
+    given_triples = triples(np.stack([kinds, kinds // 2], 1), np.stack([2 * (kinds // 4), kinds // 2], 1))
     try:
         fit, score = given_triples.split(held_out, key=jax.random.key(seed))
     except InputError:
         assert len(set(kinds.tolist())) < 8
         return
-    assert sorted([*fit.label.tolist(), *score.label.tolist()]) == list(range(len(kinds)))
-    assert not set(fit.base[:, 0].tolist()) & set(score.base[:, 0].tolist())
-    assert len(score) >= round(held_out * len(kinds))
+    sides = [{tuple(row) for x in (part.base, part.source) for row in x.tolist()} for part in (fit, score)]
+    assert not sides[0] & sides[1]
+    kept = [*fit.label.tolist(), *score.label.tolist()]
+    assert len(set(kept)) == len(kept)
+    for left_out in set(range(len(kinds))) - set(kept):
+        one = {tuple(row[left_out].tolist()) for row in (given_triples.base, given_triples.source)}
+        assert not any(one <= side for side in sides)
+    assert len(score) >= held_out * len(kept)
     # rows stay together
     for part in (fit, score):
         np.testing.assert_array_equal(part.base[:, 0], kinds[np.asarray(part.label)])
-        np.testing.assert_array_equal(part.source[:, 1], kinds[np.asarray(part.label)])
+        np.testing.assert_array_equal(part.source[:, 1], kinds[np.asarray(part.label)] // 2)
+
+
+def test_triples_with_prompts_of_their_own_are_all_kept():
+    own = triples(np.arange(40).reshape(20, 2), np.arange(40, 80).reshape(20, 2))
+    fit, score = own.split(0.25, key=jax.random.key(0))
+    assert (len(fit), len(score)) == (15, 5)
 
 
 def test_triples_that_do_not_align_are_named(monkeypatch):
@@ -116,7 +128,7 @@ def test_triples_that_do_not_align_are_named(monkeypatch):
         triples(np.zeros((2, 3)), np.zeros((2, 4)))
     with pytest.raises(InputError, match="different numbers of rows"):
         triples(np.zeros((2, 3)), np.zeros((2, 3)), places={"subject": jnp.zeros(3, jnp.int32)})
-    with pytest.raises(InputError, match="1 different pairs leaves one side empty"):
+    with pytest.raises(InputError, match="1 different prompts leaves one side empty"):
         triples(np.zeros((4, 3)), np.zeros((4, 3))).split(key=jax.random.key(0))
 
 

@@ -1,5 +1,6 @@
 """Edge scores against derivatives of the masked forward, finite differences, and definitions written out."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -18,6 +19,7 @@ from mi_jax.core.errors import InputError
 from mi_jax.core.index import Index
 from mi_jax.data.task import Task
 from tests.circuits.tiny_task import model, task
+from tests.models.tiny_families import FAMILIES, noisy
 
 TASK = task()
 GRAPH = Graph.of(model().config)
@@ -113,6 +115,20 @@ def test_ig_of_activations_adds_up_to_what_ablating_the_source_takes_away():
     for source in range(GRAPH.n_sources):
         row = none.at[source].set(jnp.asarray(GRAPH.edges[source], jnp.float32))
         np.testing.assert_allclose(scores[source].sum(), loss(model(), row) - loss(model(), none), atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chosen", "adds_up"), [(4, True), (1, False)])
+def test_in_a_mixture_ig_of_activations_misses_the_jumps_of_the_router(chosen, adds_up):
+    """With every expert chosen nothing jumps; with one of four something does."""
+    mixture = noisy(dataclasses.replace(FAMILIES["mixture"], n_active_experts=chosen))
+    graph = Graph.of(mixture.config)
+    scores = edge_scores(mixture, TASK, method="ig-activations", steps=100)
+    none = jnp.zeros(graph.edges.shape)
+    rows = [none.at[s].set(jnp.asarray(graph.edges[s], jnp.float32)) for s in range(graph.n_sources)]
+    effects = np.array([loss(mixture, row) - loss(mixture, none) for row in rows])
+    gap = np.abs(scores.sum(1) - effects).max()
+    assert (gap < 0.01 * np.abs(effects).max()) == adds_up
 
 
 def test_the_gradient_path_is_followed():

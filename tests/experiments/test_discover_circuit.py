@@ -40,7 +40,7 @@ def done(tmp_path_factory):
 def test_every_method_has_its_figures_beside_their_nulls(done):
     _, results = done
     for name in ("eap-ig", "atp+qk", "ifr"):
-        for figure in ("cmd", "cpr", "stability_jaccard", "stability_split_jaccard", "faithfulness"):
+        for figure in (*run.FIGURES, "stability_bootstrap_jaccard", "faithfulness"):
             key = f"{prefix_of(name)}.{figure}"
             assert results[f"{key}_ci_low"] <= results[key] <= results[f"{key}_ci_high"]
             assert f"{key}_null" in results

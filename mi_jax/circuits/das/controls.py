@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mi_jax.circuits.das.triples import generator
 from mi_jax.core.edits import Edit, transform
 from mi_jax.core.errors import InputError
+from mi_jax.decomposition.evaluation.estimates import generator
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.parameters import init_decoder
 

@@ -59,8 +59,8 @@ def fit_das(
       k: dimensions, 1 if not given; with a boundary the most there can be, if not given all. The rotations of all
         cells and seeds take 3 · d_model · k numbers each.
       boundary: boundless DAS, which learns the number of dimensions.
-      held_out: the share of triples to score on, or triples, none of which may have the base and source of a training
-        triple.
+      held_out: the share of triples to score on, which have no prompt in common with those of the training
+        (`Triples.split`); or triples, none of which may have the base and source of a training triple.
       shifted: triples of another distribution, to be scored as well.
       batch_size: triples in a step.
       learning_rate: about the angle, in radians, by which a column turns in one of the first steps.

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from mi_jax.circuits.das.triples import generator
 from mi_jax.core.edits import Edit
 from mi_jax.core.errors import InputError
 from mi_jax.core.subspaces import swap_subspace
+from mi_jax.decomposition.evaluation.estimates import generator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
+import scipy.sparse.csgraph
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
 from mi_jax.core.errors import InputError
-
-
-def generator(key: PRNGKeyArray) -> np.random.Generator:
-    """A generator of the host for small draws, seeded by a key."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1).tolist())
+from mi_jax.decomposition.evaluation.estimates import generator
 
 
 class Triples(eqx.Module):
@@ -57,7 +55,7 @@ class Triples(eqx.Module):
         return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[rows]), self)
 
     def pairs(self) -> np.ndarray:
-        """Base and source of every triple as one row each."""
+        """Base and source of every triple, one after the other in one row."""
         return np.concatenate([np.asarray(x).reshape(len(self), -1) for x in (self.base, self.source)], 1)
 
     def check_apart(self, held_out: "Triples") -> None:
@@ -74,23 +72,35 @@ class Triples(eqx.Module):
             )
 
     def split(self, held_out: float = 0.25, *, key: PRNGKeyArray) -> tuple["Triples", "Triples"]:
-        """Training and held-out triples. Triples of the same base and source are never on both sides.
+        """Training and held-out triples that have no prompt in common, be it as base or as source.
+
+        Triples whose two prompts come to different sides are left out. Prompts that go together are kept together:
+        where every triple has prompts of its own none is left out, where few are combined freely about half are.
+
+        Args:
+          held_out: the least share of held-out triples among those on either side.
 
         Raises:
           InputError: one side would be empty.
         """
         n = len(self)
-        _, group = np.unique(self.pairs(), axis=0, return_inverse=True)
-        group = group.reshape(-1)
-        rank = generator(key).permutation(int(group.max(initial=0)) + 1)[group]
-        order = np.argsort(rank, kind="stable")
-        cut = round(held_out * n)
-        # a pair that straddles the cut goes to the held-out side with all its triples
-        while 0 < cut < n and rank[order[cut]] == rank[order[cut - 1]]:
-            cut += 1
-        if not 0 < cut < n:
+        prompts, number = np.unique(self.pairs().reshape(2 * n, -1), axis=0, return_inverse=True)
+        number, n_prompts = number.reshape(n, 2), len(prompts)
+        joined = scipy.sparse.coo_array((np.ones(n), (number[:, 0], number[:, 1])), (n_prompts, n_prompts))
+        _, group = scipy.sparse.csgraph.connected_components(joined, directed=False)
+        rng = generator(key)
+        order = np.lexsort((rng.random(n_prompts), rng.permutation(n_prompts)[group]))
+        rank = np.empty(n_prompts, int)
+        rank[order] = np.arange(n_prompts)
+        first, last = rank[number].min(1), rank[number].max(1)
+        cuts = np.arange(n_prompts + 1)
+        scored = np.searchsorted(np.sort(last), cuts)
+        fitted = n - np.searchsorted(np.sort(first), cuts)
+        good = (scored >= held_out * (scored + fitted)) & (scored > 0) & (fitted > 0)
+        if not good.any():
             raise InputError(
-                f"held_out={held_out} of {n} triples with {int(group.max(initial=-1)) + 1} different pairs leaves one "
-                "side empty; give more pairs, another share, or the held-out Triples themselves"
+                f"held_out={held_out} of {n} triples with {n_prompts} different prompts leaves one side empty; give "
+                "more prompts, another share, or the held-out Triples themselves"
             )
-        return self.take(order[cut:]), self.take(order[:cut])
+        cut = int(cuts[good][0])
+        return self.take(np.flatnonzero(first >= cut)), self.take(np.flatnonzero(last < cut))

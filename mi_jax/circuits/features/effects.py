@@ -24,6 +24,7 @@ from mi_jax.core.effects import mean_metric
 from mi_jax.core.errors import InputError
 from mi_jax.core.gradients import site_gradients
 from mi_jax.core.index import Index
+from mi_jax.core.precision import widened
 from mi_jax.core.transforms import intervene
 from mi_jax.data.task import Task
 
@@ -121,6 +122,7 @@ def difference(spliced: SplicedModel, task: Task, clean: dict[Place, Array], abl
 
 @eqx.filter_jit
 def _products(gradient: Array, w_dec: Array, dz: Array, error: Array) -> tuple[Array, Array]:
+    gradient, w_dec, dz, error = (widened(x) for x in (gradient, w_dec, dz, error))
     return ((gradient @ w_dec.T) * dz).sum(0), (gradient * error).sum((0, 2))
 
 
@@ -133,13 +135,14 @@ def _mean_gradient(
     options = {"mask": task.mask, "output_pos": task.position}
 
     def add_one(total, alpha):
-        point = Patch(site, Index.of(layer=layer), clean - (1 - alpha) * change)
+        point = Patch(site, Index.of(layer=layer), clean - (1 - alpha).astype(clean.dtype) * change)
         before = {site: (point,)}
         _, _, found = site_gradients(model, task.metric, (site,), task.clean, options, before=before)
-        return total + found[site][layer], None
+        return total + widened(found[site][layer]), None
 
-    midpoints = (jnp.arange(steps, dtype=clean.dtype) + 0.5) / steps
-    return jax.lax.scan(add_one, jnp.zeros_like(clean), midpoints)[0] / steps
+    start = jnp.zeros_like(widened(clean))
+    midpoints = (jnp.arange(steps, dtype=start.dtype) + 0.5) / steps
+    return jax.lax.scan(add_one, start, midpoints)[0] / steps
 
 
 def _exact(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mi_jax.circuits.scores.rules import FrozenNorm
 from mi_jax.models.block import Block
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder
@@ -18,18 +19,18 @@ from mi_jax.models.norm import Norm, normed
 READS = ("mlp.in", "resid_mid", "resid_pre")
 
 
-class FrozenNorm(Norm):
+class FirstRowNorm(FrozenNorm):
     """A norm whose scale is that of the first row of its input, and a constant for gradients."""
 
     def scale(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch #d_model"]:
-        return jnp.broadcast_to(jax.lax.stop_gradient(super().scale(x[:1])), (*x.shape[:-1], 1))
+        return jnp.broadcast_to(super().scale(x[:1]), (*x.shape[:-1], 1))
 
 
 def with_frozen_norms(model: Decoder) -> Decoder:
     """The model with every norm frozen."""
 
     def freeze(leaf):
-        return FrozenNorm(leaf.weight, leaf.bias, leaf.eps, leaf.offset) if isinstance(leaf, Norm) else leaf
+        return FirstRowNorm(leaf.weight, leaf.bias, leaf.eps, leaf.offset) if isinstance(leaf, Norm) else leaf
 
     return jax.tree.map(freeze, model, is_leaf=lambda leaf: isinstance(leaf, Norm))
 

@@ -1,7 +1,8 @@
 """Attribution graphs in the JSON that circuit-tracer's and Neuronpedia's viewers read.
 
-Node ids are `layer_latent_position` of features, `0_layer_position` of errors, `E_token_position` of tokens and
-`(layers + 1)_token_position` of logits.
+Node ids are `layer_latent_position` of features, `layer_-1_position` of errors, `E_token_position` of tokens and
+`(layers + 1)_token_position` of logits. `feature` is one number for layer and latent of a feature (`paired`), from
+which the viewer finds its examples, and −1 for errors.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +24,6 @@ def graph_json(
 ) -> dict[str, Any]:
     """See `AttributionGraph.to_json`."""
     nodes = {int(i): _node(graph, int(i), float(pruned.cumulative[i]), words) for i in np.flatnonzero(pruned.nodes)}
-    # the format gives the error of layer 3 the id of latent 3 of layer 0: where both are kept, links need two ids
-    features = {node["node_id"] for i, node in nodes.items() if i < graph.n_features}
-    for i in range(graph.error_nodes.start, graph.error_nodes.stop):
-        if i in nodes and nodes[i]["node_id"] in features:
-            nodes[i]["node_id"] = f"error{nodes[i]['node_id'][1:]}"
     targets, sources = np.nonzero(pruned.edges)
     links = [
         {"source": nodes[s]["node_id"], "target": nodes[t]["node_id"], "weight": float(graph.adjacency[t, s])}
@@ -43,6 +39,7 @@ def graph_json(
             "prompt_tokens": prompt,
             "prompt": "".join(prompt),
             "node_threshold": node_threshold,
+            "schema_version": 1,
         },
         "qParams": {
             "pinnedIds": [],
@@ -56,11 +53,16 @@ def graph_json(
     }
 
 
+def paired(layer: int, latent: int) -> int:
+    """Cantor's pairing, `(l + f)(l + f + 1) / 2 + f`: one number for a layer and a latent."""
+    return (layer + latent) * (layer + latent + 1) // 2 + latent
+
+
 def _node(graph: "AttributionGraph", index: int, influence: float, words: Callable[[int], str]) -> dict[str, Any]:
     n_pos = len(graph.tokens)
     if index < graph.n_features:
         layer, pos, latent = graph.features[index].tolist()
-        made = _fields(f"{layer}_{latent}_{pos}", f"{layer}_{latent}-0", latent, str(layer), pos)
+        made = _fields(f"{layer}_{latent}_{pos}", f"{layer}_{latent}-0", paired(layer, latent), str(layer), pos)
         return made | {
             "feature_type": "cross layer transcoder",
             "influence": influence,
@@ -68,7 +70,7 @@ def _node(graph: "AttributionGraph", index: int, influence: float, words: Callab
         }
     if index < graph.error_nodes.stop:
         layer, pos = divmod(index - graph.n_features, n_pos)
-        made = _fields(f"0_{layer}_{pos}", f"{layer}_{pos}-0", -1, str(layer), pos)
+        made = _fields(f"{layer}_-1_{pos}", f"{layer}_-1-{pos}", -1, str(layer), pos)
         return made | {"feature_type": "mlp reconstruction error", "influence": influence}
     if index < graph.token_nodes.stop:
         pos = index - graph.token_nodes.start

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 from mi_jax.core.sites import At
 from mi_jax.data.task import Task
 from mi_jax.decomposition.dictionary import Dictionary
@@ -111,11 +112,12 @@ def ablated_states(spliced: SplicedModel, task: Task, ablation: str) -> States:
             return x
         if ablation == "zero":
             return jnp.zeros_like(x)
-        weights = task.mask[:, :, None].astype(x.dtype)
+        exact = widened(x)
+        weights = task.mask[:, :, None].astype(exact.dtype)
         over = 0 if ablation == "mean-positional" else (0, 1)
-        total = (x * jnp.broadcast_to(weights, x.shape)).sum(over, keepdims=True)
+        total = (exact * jnp.broadcast_to(weights, x.shape)).sum(over, keepdims=True)
         count = jnp.maximum(weights.sum(over, keepdims=True), 1)
-        return jnp.broadcast_to(total / jnp.broadcast_to(count, total.shape), x.shape)
+        return jnp.broadcast_to(total / jnp.broadcast_to(count, total.shape), x.shape).astype(x.dtype)
 
     codes = {place: value(x) for place, x in found.codes.items()}
     return States(codes, {place: value(x) for place, x in found.errors.items()})

@@ -3,7 +3,8 @@
 The five of Shi et al. 2024, "Hypothesis Testing the Circuit Hypothesis in LLMs", and a test of equivalence.
 
 Scores are the task's metric on each prompt. The distance of a circuit from the model is the mean over prompts of
-`|m_C − m_M|`; what is claimed about chance compares with random circuits of the same size.
+`|m_C − m_M|`; what is claimed about chance compares with random circuits of the same size, which are random paths from
+the input to the logits as in the paper, or single edges (`draw` of `hypothesis_tests`).
 
 Where this differs from the published code:
 - Non-equivalence needs P(m_C > m_M); the code puts the mean difference of the scores in its place.
@@ -215,11 +216,12 @@ def minimality_test(
 ) -> MinimalityTest:
     """H0: every edge matters more than a fraction `quantile` of the edges that a random addition would bring.
 
-    Rejecting for an edge says that it is no better than many a random edge: the circuit is not minimal.
+    Rejecting for an edge says that it is no better than many a random edge: the circuit is not minimal. The smallest
+    p-value that n random edges allow is `(1 − quantile)ⁿ` times the number of edges that are tested.
 
     Args:
       effects: `|m_(C∖e) − m_C|`, mean over prompts, for each edge e of the circuit.
-      random: `|m_C − m_(C∪e′)|` for random edges e′ that the circuit does not have.
+      random: `|m_(C∪P) − m_(C∪P∖e′)|` for something random P, a path or an edge, and one edge e′ that it brings.
     """
     wins = np.array([_wins(e - random) for e in effects])
     raw = scipy.stats.binom.cdf(np.ceil(wins), len(random), quantile)

@@ -1,12 +1,14 @@
 """The tests of hypotheses for a circuit of a model, from one program that runs all the circuits they compare."""
 
 import dataclasses
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Array, Bool
 
 from mi_jax.circuits.faithfulness import random_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.metrics.controls import path_circuit
 from mi_jax.circuits.metrics.hypotheses import (
     ALPHA,
     HypothesisTest,
@@ -22,6 +24,8 @@ from mi_jax.circuits.runs import circuit_runs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder
+
+Draw = Literal["paths", "edges"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,7 @@ def hypothesis_tests(
     circuit: Bool[np.ndarray, "source reader"],
     *,
     key: Array,
+    draw: str = "paths",
     random: int = 100,
     max_edges: int | None = 200,
     quantile: float = 0.9,
@@ -62,27 +67,36 @@ def hypothesis_tests(
 
     Args:
       key: draws the permutations.
+      draw: what random circuits are made of. "paths", as in Shi et al.: random paths from the input to the logits until
+        there are as many edges as in the circuit; for minimality such a path is added to the circuit, and one of the
+        edges that it brought taken away. "edges": as many single edges, which mostly lead nowhere, so that these tests
+        are easier to pass; for minimality, one edge is added and taken away.
       random: random circuits, and random edges for minimality.
       max_edges: edges that minimality tests, drawn at random; None tests all.
       seed: draws circuits and edges.
 
     Raises:
-      InputError: a circuit without edges or with all of them, or fewer than four prompts.
+      InputError: a circuit without edges or with all of them, fewer than four prompts, or an unknown draw.
     """
     graph = Graph.of(model.config)
     circuit = circuit & graph.edges
-    places, others = np.argwhere(circuit), np.argwhere(graph.edges & ~circuit)
-    if not len(places) or not len(others):
+    if draw not in get_args(Draw):
+        raise InputError(f"draw is one of {', '.join(get_args(Draw))}, got {draw!r}")
+    places = np.argwhere(circuit)
+    if not 0 < len(places) < graph.n_edges:
         raise InputError(f"the tests need edges in the circuit and outside; it has {len(places)} of {graph.n_edges}")
     if len(task) < 4:
         raise InputError(f"the tests compare prompts and need four or more; this task has {len(task)}")
     rng = np.random.default_rng(seed)
     tested = places[np.sort(rng.permutation(len(places))[:max_edges])]
-    added = others[rng.integers(0, len(others), random)]
-    same_size = np.stack([random_edges(graph, len(places), seed=seed + i) for i in range(random)])
-    without, inflated = (np.repeat(circuit[None], len(e), 0) for e in (tested, added))
+    without = np.repeat(circuit[None], len(tested), 0)
     without[np.arange(len(tested)), tested[:, 0], tested[:, 1]] = False
-    inflated[np.arange(random), added[:, 0], added[:, 1]] = True
+    make = path_circuit if draw == "paths" else random_edges
+    same_size = np.stack([make(graph, len(places), seed=seed + i) for i in range(random)])
+    inflated = np.stack([_inflated(graph, circuit, draw, seed + i) for i in range(random)])
+    added = np.stack([rng.permutation(np.argwhere(one & ~circuit))[0] for one in inflated])
+    deflated = inflated.copy()
+    deflated[np.arange(random), added[:, 0], added[:, 1]] = False
     masks = [
         graph.edges[None],
         circuit[None],
@@ -91,12 +105,13 @@ def hypothesis_tests(
         graph.edges[None] & ~same_size,
         without,
         inflated,
+        deflated,
     ]
     runs = circuit_runs(
         model, task, np.concatenate(masks), ablation=ablation, reference_task=reference, batch_size=batch_size
     )
     parts = np.split(runs.metric.astype(np.float64), np.cumsum([len(m) for m in masks])[:-1])
-    (whole,), (own,), (complement,), kept, knocked, less, more = parts
+    (whole,), (own,), (complement,), kept, knocked, less, more, back = parts
 
     def distance(x, y):
         return np.abs(x - y).mean(-1)
@@ -112,8 +127,18 @@ def hypothesis_tests(
         minimality_test(
             tuple(f"{graph.sources[s]}->{graph.readers[r]}" for s, r in tested),
             distance(less, own[None]),
-            distance(more, own[None]),
+            distance(more, back),
             quantile=quantile,
             alpha=alpha,
         ),
     )
+
+
+def _inflated(graph: Graph, circuit: Bool[np.ndarray, "source reader"], draw: str, seed: int) -> np.ndarray:
+    """The circuit and something random that brings an edge or more."""
+    if draw == "paths":
+        return circuit | path_circuit(graph, 1, seed=seed, beyond=circuit)
+    others = np.argwhere(graph.edges & ~circuit)
+    out = circuit.copy()
+    out[*others[np.random.default_rng(seed).integers(len(others))]] = True
+    return out

@@ -23,6 +23,14 @@ from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, Null
 from mi_jax.models.decoder import Decoder
 
+# fractions of the edges at which f is reported beside CMD
+SMALL = (0.001, 0.005, 0.01)
+
+
+def faithfulness_at(fraction: float) -> str:
+    """What f at a fraction of the edges is called: `faithfulness_at_0_1_percent`."""
+    return f"faithfulness_at_{100 * fraction:g}_percent".replace(".", "_")
+
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
@@ -31,12 +39,22 @@ class Curves:
     Attributes:
       signed: edges by signed score; what CPR is taken from.
       absolute: edges by absolute score; what CMD is taken from.
+      small: by fraction, f of the circuits by absolute score at `SMALL`. CMD is nearly all about larger ones: those of
+        less than 1 % of the edges are a hundredth of its axis.
     """
 
     signed: Curve
     absolute: Curve
     cpr: Compared
     cmd: Compared
+    small: dict[float, Compared]
+
+    def flat(self, prefix: str = "") -> dict[str, float]:
+        """The entries of results.json: CMD, CPR and f at the small fractions, each with its interval and nulls."""
+        out = self.cmd.flat(f"{prefix}cmd") | self.cpr.flat(f"{prefix}cpr")
+        for fraction, found in self.small.items():
+            out |= found.flat(prefix + faithfulness_at(fraction))
+        return out
 
     def table(self) -> list[dict[str, float]]:
         """A row for every size of the curve by absolute score."""
@@ -55,7 +73,8 @@ class CircuitReport:
       curves: where scores were given.
       tests: where the circuit is a proper part of the graph and there are four prompts.
       ranking: where the true edges were given.
-      stability: by name, where the scores of every prompt were given: `bootstrap`, `split`, with groups `paraphrase`.
+      stability: by name, where the scores of every prompt were given: `split`, with groups `paraphrase`, and
+        `bootstrap`, whose circuits share prompts.
     """
 
     mask: Bool[np.ndarray, "source reader"]
@@ -71,7 +90,7 @@ class CircuitReport:
         """Flat names to numbers, figures beside `_ci_low`, `_ci_high` and `_null`; what is not finite is left out."""
         out: dict[str, float | int | bool] = {"n_edges": self.metrics.n_edges}
         if self.curves is not None:
-            out |= self.curves.cmd.flat("cmd") | self.curves.cpr.flat("cpr")
+            out |= self.curves.flat()
             out |= {
                 "cmd_from_zero": self.curves.absolute.cmd_from_zero,
                 "cpr_from_zero": self.curves.signed.cpr_from_zero,
@@ -90,7 +109,7 @@ class CircuitReport:
             out |= _flat("average_precision", self.ranking.average_precision, self.ranking.average_precision_null)
             out["mib_auroc"] = self.ranking.mib_auroc
         for name, stability in self.stability.items():
-            key = "stability_jaccard" if name == "bootstrap" else f"stability_{name}_jaccard"
+            key = "stability_jaccard" if name == "split" else f"stability_{name}_jaccard"
             out |= _flat(key, stability.jaccard, stability.null.mean)
         return {name: value for name, value in out.items() if math.isfinite(value)}
 
@@ -144,7 +163,14 @@ def evaluate_curves(
         interval = found.intervals(key=key)[name]
         return Compared(interval, Null.of(null[:null_curves]), Null.of(null[null_curves:]))
 
-    return Curves(signed, absolute, compared(signed, "cpr"), compared(absolute, "cmd"))
+    def at(fraction: float) -> Compared:
+        i = tuple(fractions).index(fraction)
+        null = np.array([c.values[i] for c in random])
+        return Compared(intervals[f"f_{i}"], Null.of(null[:null_curves]), Null.of(null[null_curves:]))
+
+    intervals = absolute.intervals(key=key)
+    small = {fraction: at(fraction) for fraction in SMALL if fraction in fractions}
+    return Curves(signed, absolute, compared(signed, "cpr"), compared(absolute, "cmd"), small)
 
 
 def evaluate_circuit(

@@ -2,7 +2,8 @@
 
 Circuits are compared by Jaccard, `|A ∩ B| / |A ∪ B|` of their edges. Scores are means over prompts, so with the scores
 of every prompt a bootstrap needs no further runs: prompts are drawn with replacement, their scores averaged, and the
-best edges taken anew.
+best edges taken anew. Resamples share prompts, and circuits of shared prompts are alike whether or not the method is
+stable; what to expect of fresh prompts is `split_stability`.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class Stability:
     Attributes:
       jaccard: mean over pairs of circuits; the interval holds 95 % of the pairs, so it says what Jaccard to expect when
         the circuit is found once more.
-      null: of random circuits of the same sizes; its `low` and `high` are those of single pairs.
+      null: of random circuits of the same sizes; its range is that of single pairs.
       frequency: how often each edge was found, `[source reader]`.
     """
 

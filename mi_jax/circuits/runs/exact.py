@@ -17,6 +17,7 @@ from mi_jax.circuits.runs.answer import AnswerLayout
 from mi_jax.circuits.runs.exact_from_base import exact_from_base
 from mi_jax.circuits.runs.sources import PlainRun, plain_run
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened_dtype
 from mi_jax.core.taps import Tap
 from mi_jax.data.task import Task
 from mi_jax.models.attention import attention
@@ -175,7 +176,7 @@ class _Runs:
 def _single_edges(model: Decoder, task: Task, patch: Array, batch_size: int) -> Float[Array, "source reader"]:
     graph, run = Graph.of(model.config), plain_run(model, task.clean, task.mask)
     runs = _Runs(model, task, run, patch - run.sources, batch_size)
-    metrics = jnp.zeros(graph.edges.shape, run.streams.dtype).at[:, -1].set(runs.logits_reader())
+    metrics = jnp.zeros(graph.edges.shape, widened_dtype(run.streams.dtype)).at[:, -1].set(runs.logits_reader())
     last, per_layer, readers = graph.n_layers - 1, graph.layer_sources, graph.layer_readers
     heads = readers - graph.has_mlp
 

@@ -26,7 +26,7 @@ def masked_layer(
     base: Float[Array, "batch pos d_model"],
     terms: Sequence[tuple[Array, Array]],
     to_mlp: Float[Array, "1 head *pos"],
-    patch: Float[Array, "source batch pos d_model"],
+    patch: Float[Array, "source batch pos d_model"] | None,
     layout: Layout,
     *,
     computed: Bool[Array, ""] | None = None,
@@ -38,13 +38,14 @@ def masked_layer(
       terms: of some sources before the layer each, the weights of their edges into its readers `[reader some *pos]`,
         and by how much they differ from the patch `[some batch pos d_model]`.
       to_mlp: weights of the edges from the layer's heads to its MLP.
-      patch: what the layer's sources write where they are ablated.
+      patch: what the layer's sources write where they are ablated; None for what they write in this very run for the
+        example before.
       computed: False where they write that in this run too, and the layer need not be run.
     """
     graph = Graph.of(model.config)
     # looked up in the whole: a chunk of the weights would be copied first
     params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), model.blocks)
-    asked = widened(asking(patch, layout))
+    asked = None if patch is None else widened(asking(patch, layout))
 
     def run() -> tuple[Array, Array]:
         tap = _EdgeTap(graph, params, base, _reads(graph, terms, layout), to_mlp, asked, layout)
@@ -53,10 +54,11 @@ def masked_layer(
         return tap.base_after(), jnp.concatenate(tap.written)
 
     def skip() -> tuple[Array, Array]:
+        assert asked is not None
         rest = sum(unsourced(graph, params))
         return layout.asking(base) + asked.sum(0) + rest, jnp.zeros_like(asked)
 
-    return run() if computed is None else jax.lax.cond(computed, run, skip)
+    return run() if computed is None or asked is None else jax.lax.cond(computed, run, skip)
 
 
 def weighted(
@@ -78,6 +80,11 @@ def weighted_at(
 def asking(values: Float[Array, "source batch pos d_model"], layout: Layout) -> Array:
     """The values of all sources at the positions that ask."""
     return at_answer(values, layout.answer, 2) if isinstance(layout, AnswerLayout) else values
+
+
+def example_before(z: Float[Array, "source batch pos d_model"]) -> Float[Array, "source batch pos d_model"]:
+    """What a source writes for the example before, and for the first what it writes for the last."""
+    return jnp.roll(z, 1, 1)
 
 
 def _reads(graph: Graph, terms: Sequence[tuple[Array, Array]], layout: Layout) -> dict[str, Array]:
@@ -110,13 +117,14 @@ class _EdgeTap(SourceTap):
         base: Array,
         reads: dict[str, Array],
         to_mlp: Array,
-        patch: Array,
+        patch: Array | None,
         layout: Layout,
     ):
         super().__init__(graph, params)
         self._base, self._reads, self._to_mlp, self._patch, self._layout = base, reads, to_mlp, patch, layout
         self._asking_base = layout.asking(base)
         self._rest, self._mlp_rest = unsourced(graph, params)
+        self._ablated: list[Array] = []
 
     def touches(self, name: str) -> bool:
         return name in ("attn.q_in", "attn.k_in", "attn.v_in") or super().touches(name)
@@ -129,7 +137,7 @@ class _EdgeTap(SourceTap):
     def __call__(self, name: str, x: Array) -> Array:
         if name == "attn_out" and self._graph.normed_bias:
             # what the norm leaves of the bias in this very run
-            self._rest = widened(x) - self.written[0].sum(0) - self._patch[: self._graph.n_heads].sum(0)
+            self._rest = widened(x) - self.written[0].sum(0) - self._ablated[0].sum(0)
         if name == "mlp.in":
             read = self._after_heads() + self._reads[name][0]
             if not self._graph.parallel:
@@ -139,17 +147,16 @@ class _EdgeTap(SourceTap):
         return super().__call__(name, x)
 
     def write(self, z: Array) -> None:
-        start = sum(len(part) for part in self.written)
-        super().write(widened(z) - self._patch[start : start + len(z)])
+        start, z = sum(len(part) for part in self.written), widened(z)
+        self._ablated.append(example_before(z) if self._patch is None else self._patch[start : start + len(z)])
+        super().write(z - self._ablated[-1])
 
     def base_after(self) -> Float[Array, "batch query d_model"]:
         """The ablated stream after the layer."""
-        heads = self._graph.n_heads
-        attention = self._patch[:heads].sum(0) + self._rest
-        return self._asking_base + attention + self._patch[heads:].sum(0) + self._mlp_rest
+        return self._asking_base + sum(part.sum(0) for part in self._ablated) + self._rest + self._mlp_rest
 
     def _after_heads(self) -> Array:
         """The ablated stream that the MLP reads."""
         if self._graph.parallel:
             return self._asking_base
-        return self._asking_base + self._patch[: self._graph.n_heads].sum(0) + self._rest
+        return self._asking_base + self._ablated[0].sum(0) + self._rest

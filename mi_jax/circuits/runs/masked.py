@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.runs.answer import AnswerLayout
-from mi_jax.circuits.runs.layer import asking, masked_layer, weighted_at
+from mi_jax.circuits.runs.layer import asking, example_before, masked_layer, weighted_at
 from mi_jax.circuits.runs.sources import embedded as embedded
 from mi_jax.circuits.runs.sources import source_outputs as source_outputs
 from mi_jax.core.errors import InputError
@@ -32,7 +32,7 @@ def masked_forward(
     model: Decoder,
     tokens: Int[Array, "batch pos"],
     edges: Float[Array, "source reader"] | Float[Array, "source reader pos"],
-    patch: Float[Array, "source batch pos d_model"],
+    patch: Float[Array, "source batch pos d_model"] | None,
     mask: Bool[Array, "batch pos"] | None = None,
     *,
     output_pos: Int[Array, " batch"] | None = None,
@@ -44,7 +44,8 @@ def masked_forward(
     Args:
       edges: weights in [0, 1], zero where no edge exists (`Graph.edges`); with a third axis, the weight at every
         position where the reader reads.
-      patch: the sources of another run (`source_outputs`), or what else stands for them (`ablation_values`).
+      patch: the sources of another run (`source_outputs`), or what else stands for them (`ablation_values`). None: what
+        the same source writes in this very run for the example before, the first taking the last one's.
       output_pos: the one position of every prompt that logits are wanted of; None for all.
       chunk: layers to a chunk; None takes about the square root of their number.
       remat: a gradient runs each layer again instead of keeping what is inside it.
@@ -60,7 +61,7 @@ def masked_stream(
     model: Decoder,
     tokens: Int[Array, "batch pos"],
     edges: Float[Array, "source reader"] | Float[Array, "source reader pos"],
-    patch: Float[Array, "source batch pos d_model"],
+    patch: Float[Array, "source batch pos d_model"] | None,
     mask: Bool[Array, "batch pos"] | None = None,
     *,
     output_pos: Int[Array, " batch"] | None = None,
@@ -85,10 +86,11 @@ def masked_stream(
     return x.astype(stream_dtype(model))
 
 
-def start(model: Decoder, tokens: Array, patch: Array) -> tuple[Array, tuple[Array, ...]]:
+def start(model: Decoder, tokens: Array, patch: Array | None) -> tuple[Array, tuple[Array, ...]]:
     """The ablated stream before the first layer, and by how much the input differs from the patch."""
-    base = widened(patch[0])
-    return base, ((widened(embedded(model, tokens)) - base)[None],)
+    x = widened(embedded(model, tokens))[None]
+    base = example_before(x) if patch is None else widened(patch[:1])
+    return base[0], (x - base,)
 
 
 def kept_weights(graph: Graph, edges: Float[Array, "source reader *pos"]) -> Float[Array, "reader source *pos"]:
@@ -108,7 +110,7 @@ def _chunk(
     base: Array,
     earlier: tuple[Array, ...],
     kept: Array,
-    patch: Array,
+    patch: Array | None,
     mask: Array,
     layers: range,
     computed: Array | None,
@@ -133,7 +135,7 @@ def _chunk(
         number, weights, run = row
         at = (number - layers.start) * per_layer
         terms = [(weights[:, a:b], d) for (a, b), d in zip(bounds, (*earlier, own), strict=True)]
-        patched = jax.lax.dynamic_slice_in_dim(patch, first + at, per_layer)
+        patched = None if patch is None else jax.lax.dynamic_slice_in_dim(patch, first + at, per_layer)
         to_mlp = jax.lax.dynamic_slice_in_dim(weights[-1:], first + at, graph.n_heads, 1)
         base, written = masked_layer(model, number, base, terms, to_mlp, patched, Prompts(mask), computed=run)
         return (base, jax.lax.dynamic_update_slice_in_dim(own, written, first - starts[-1] + at, 0)), None
@@ -166,11 +168,11 @@ def head_logits(model: Decoder, x: Float[Array, "batch pos d_model"]) -> Float[A
     return model.head(x, Tap(model.site_table, {}, (), {}, None))
 
 
-def _check_shapes(graph: Graph, tokens: Array, edges: Array, patch: Array) -> None:
+def _check_shapes(graph: Graph, tokens: Array, edges: Array, patch: Array | None) -> None:
     shape, written = (graph.n_sources, graph.n_readers), (graph.n_sources, *tokens.shape)
-    if edges.shape not in (shape, (*shape, tokens.shape[1])) or patch.shape[:3] != written:
+    if edges.shape not in (shape, (*shape, tokens.shape[1])) or (patch is not None and patch.shape[:3] != written):
         raise InputError(
             f"edges have shape {shape} [source reader], or {(*shape, tokens.shape[1])} with a weight for every "
             f"position, and the patch has {written} [source batch pos], then d_model; got edges of shape {edges.shape} "
-            f"and a patch of shape {patch.shape}"
+            f"and a patch of shape {None if patch is None else patch.shape}"
         )

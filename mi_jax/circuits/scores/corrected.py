@@ -23,12 +23,13 @@ from mi_jax.circuits.scores.gradients import (
 from mi_jax.circuits.scores.readers import added, scores_of
 from mi_jax.core.atp import key_effects, query_effects
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 from mi_jax.core.taps import Tap
 from mi_jax.models.attention import attention
 from mi_jax.models.block import Layer
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.layout import Prompts
-from mi_jax.models.norm import normed, widened
+from mi_jax.models.norm import normed
 from mi_jax.models.sites import attention_rule
 
 PairScores = Float[Array, "batch source reader pos"]
@@ -93,17 +94,17 @@ def _query_key(
         number, params, x, pattern = row
         here = model.layer(number, params)
         reads = _reads(model, here, pairs)
-        clean, scores = reads(x), _attention_scores(model, here, x, pairs.task.mask)
+        clean, scores = jax.tree.map(widened, reads(x)), _attention_scores(model, here, x, pairs.task.mask)
 
         def source(difference):
-            new = reads(x - difference)
+            new = jax.tree.map(widened, reads(x - difference))
 
             def effects(gradient):
                 query = query_effects(new["attn.q"], clean["attn.k"], scores, gradient, rule)
                 key = key_effects(clean["attn.q"], new["attn.k"], scores, gradient, rule)
                 return -jnp.moveaxis(jnp.concatenate([query, key], -1), -1, -2)
 
-            return jax.vmap(effects)(pattern)
+            return jax.vmap(effects)(widened(pattern))
 
         return jax.lax.map(source, pairs.difference)
 
@@ -131,7 +132,7 @@ def _attention_scores(
     x: Float[Array, "batch pos d_model"],
     mask: Bool[Array, "batch pos"],
 ) -> Float[Array, "batch head query key"]:
-    """Before the softmax, what the mask forbids included."""
+    """Before the softmax, what the mask forbids included, as the least number of the wider dtype."""
     tap = Tap(model.site_table, {}, ("attn.scores",), {}, None)
     p = layer.params
     attention(
@@ -144,4 +145,6 @@ def _attention_scores(
         layer.turn,
         layer.window,
     )
-    return widened(tap.seen["attn.scores"])
+    scores = tap.seen["attn.scores"]
+    exact = widened(scores)
+    return jnp.where(scores == jnp.finfo(scores.dtype).min, jnp.finfo(exact.dtype).min, exact)

@@ -31,7 +31,7 @@ class Pairs(eqx.Module):
     Attributes:
       weight: of every pair in the metric.
       embed: the stream of the clean prompts before the first layer.
-      difference: what the sources write in the clean run minus their ablation values.
+      difference: what the sources write in the clean run minus their ablation values; 0 at padding.
     """
 
     task: Task
@@ -192,14 +192,9 @@ def projections(
     return made
 
 
-def sums_in(dtype: Any) -> Any:
-    """The dtype in which values of another are added up: with at least 32 bits."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
-
-
 def point_of_input(pairs: Pairs, alpha: Float[Array, ""]) -> Point:
     """The embedding on the line from the ablation value (alpha = 0) to the clean one (alpha = 1)."""
-    return Point(embed=(alpha - 1) * pairs.difference[0])
+    return Point(embed=(alpha - 1).astype(pairs.embed.dtype) * pairs.difference[0])
 
 
 def layer_numbers(graph: Graph) -> Int[Array, " source"]:

@@ -150,7 +150,9 @@ def _scores(
         some = task[rows]
         clean = source_outputs(model, some.clean, some.mask)
         other = source_outputs(model, some.corrupt, some.mask) if patch is None else patch[:, rows].astype(clean.dtype)
-        pairs = Pairs(some, weight, clean[0], clean - other)
+        # what stands at padding depends on the tokens there and acts on nothing
+        real = jnp.broadcast_to(some.mask[None, :, :, None], clean.shape)
+        pairs = Pairs(some, weight, clean[0], jnp.where(real, clean - other, 0))
         return score(model, pairs, steps=steps, positions=positions)
 
     first = jnp.asarray(chosen[0], jnp.int32), weights[0]

@@ -16,10 +16,10 @@ from mi_jax.circuits.scores.gradients import (
     Point,
     gradients,
     point_of_input,
-    sums_in,
 )
 from mi_jax.circuits.scores.readers import added, nothing, scores_of
 from mi_jax.circuits.scores.rules import RELP
+from mi_jax.core.precision import widened, widened_dtype
 from mi_jax.models.decoder import Decoder
 
 Scores = Float[Array, "source reader *pos"]
@@ -49,7 +49,7 @@ def _averaged(
 
 
 def _along_input(model: Decoder, pairs: Pairs, alphas: list[float], positions: bool) -> Scores:
-    at = jnp.asarray(alphas, pairs.embed.dtype)
+    at = jnp.asarray(alphas, widened_dtype(pairs.embed.dtype))
     return _averaged(model, pairs, lambda alpha: (point_of_input(pairs, alpha), {}), at, positions)
 
 
@@ -99,7 +99,7 @@ def eap_ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: b
 
     def place(at):
         node, alpha = at
-        shift = alpha - 1
+        shift = (alpha - 1).astype(pairs.embed.dtype)
         heads, mlps = (node == first + layers for first in (1, 1 + graph.n_layers))
         attn_out = jnp.where(heads[:, None, None, None], shift * attended, 0)
         mlp_out = jnp.where(mlps[:, None, None, None], shift * mlp, 0) if graph.has_mlp else None
@@ -107,7 +107,7 @@ def eap_ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: b
         return point, {"attn_out": ~heads, "mlp_out": ~mlps}
 
     nodes = jnp.repeat(jnp.arange(n_nodes, dtype=jnp.int32), steps)
-    alphas = jnp.tile(jnp.arange(1, steps + 1, dtype=pairs.embed.dtype) / steps, n_nodes)
+    alphas = jnp.tile(jnp.arange(1, steps + 1, dtype=widened_dtype(pairs.embed.dtype)) / steps, n_nodes)
     return _averaged(model, pairs, place, (nodes, alphas), positions)
 
 
@@ -121,25 +121,22 @@ def eap_gp(model: Decoder, pairs: Pairs, *, steps: int, positions: bool) -> Scor
     of every pair on its own, the sign being that which leads towards the corrupt embedding x'. The score is the mean
     over x_0 … x_{steps−1}. Where the gradients are equal, the step goes straight to x'.
     """
-    whole = -pairs.difference[0]
-    exact = sums_in(whole.dtype)
-    length = _norms(whole.astype(exact)) / steps
-    end = gradients(model, pairs, Point(embed=whole)).embed.astype(exact)
+    # steps are small beside what they add up to
+    whole, narrow = widened(-pairs.difference[0]), pairs.embed.dtype
+    length = _norms(whole) / steps
+    end = widened(gradients(model, pairs, Point(embed=whole.astype(narrow))).embed)
 
     def follow(carry, _):
         shift, total = carry
-        here = gradients(model, pairs, Point(embed=shift))
-        left = (whole - shift).astype(exact)
-        direction = end - here.embed.astype(exact)
+        here = gradients(model, pairs, Point(embed=shift.astype(narrow)))
+        left = whole - shift
+        direction = end - widened(here.embed)
         ahead = (direction * left).sum((1, 2), keepdims=True)
         direction = jnp.where(ahead < 0, -direction, direction)
         direction = jnp.where(_norms(direction) > 0, direction, left)
         size = _norms(direction)
         step = length * direction / jnp.where(size > 0, size, jnp.ones_like(size))
-        return (
-            shift + step.astype(shift.dtype),
-            added(model, pairs, here, total),
-        ), None
+        return (shift + step, added(model, pairs, here, total)), None
 
     start = jnp.zeros_like(whole), nothing(model, pairs)
     (_, total), _ = jax.lax.scan(follow, start, length=steps)

@@ -23,12 +23,12 @@ from mi_jax.circuits.scores.gradients import (
     Gradients,
     Pairs,
     projections,
-    sums_in,
 )
 from mi_jax.circuits.scores.rules import FrozenNorm
+from mi_jax.core.precision import widened, widened_dtype
 from mi_jax.models.block import Layer
 from mi_jax.models.decoder import Decoder
-from mi_jax.models.norm import Norm, normed, widened
+from mi_jax.models.norm import Norm, normed
 
 _INPUTS = {"attn.q": "attn.q_in", "attn.k": "attn.k_in", "attn.v": "attn.v_in"}
 
@@ -59,7 +59,7 @@ class Total(eqx.Module):
 def nothing(model: Decoder, pairs: Pairs) -> Total:
     """Of no points."""
     graph = Graph.of(model.config)
-    (batch, pos, d_model), dtype = pairs.embed.shape, sums_in(pairs.embed.dtype)
+    (batch, pos, d_model), dtype = pairs.embed.shape, widened_dtype(pairs.embed.dtype)
     heads = (graph.n_layers, batch, pos, graph.n_heads + 2 * graph.n_kv_heads)
     return Total(
         jnp.zeros((*heads, model.config.d_head), dtype),

@@ -12,8 +12,8 @@ from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.circuits.scores.gradients import Pairs
 from mi_jax.circuits.scores.readers import Readers, joined
+from mi_jax.core.precision import widened
 from mi_jax.models.decoder import Decoder
-from mi_jax.models.norm import widened
 
 
 def information_flow(

@@ -1,7 +1,9 @@
 """The integral of every source along its own path: one run for every source and step.
 
 `score(s→r) = (z_s − z'_s) · ∫ ∂m/∂v_r dα`, with only z_s on the line `z'_s + α (z_s − z'_s)` and everything after it
-computed. Over the readers of a source, the scores add up to what corrupting the whole source changes.
+computed. Over the readers of a source, the scores add up to what corrupting the whole source changes, as the number of
+steps grows. In a mixture they do not: where the path changes which experts a router chooses, the metric jumps, and no
+gradient has seen it.
 """
 
 import jax
@@ -17,9 +19,9 @@ from mi_jax.circuits.scores.gradients import (
     gradients,
     layer_numbers,
     projections,
-    sums_in,
 )
 from mi_jax.circuits.scores.readers import Readers, joined
+from mi_jax.core.precision import widened_dtype
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.norm import normed
 
@@ -28,7 +30,7 @@ def ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: bool)
     """The integral by the midpoint rule: α at `(k + 1/2) / steps`."""
     graph = Graph.of(model.config)
     layers = jnp.arange(graph.n_layers, dtype=jnp.int32)[:, None, None, None]
-    alphas = (jnp.arange(steps, dtype=pairs.embed.dtype) + 0.5) / steps
+    alphas = (jnp.arange(steps, dtype=widened_dtype(pairs.embed.dtype)) + 0.5) / steps
     within = layer_numbers(graph)
     # 0 the input, 1 a head, 2 an MLP or an expert
     kinds = jnp.asarray([1] * graph.n_heads + [2] * (graph.layer_sources - graph.n_heads), jnp.int32)
@@ -39,7 +41,7 @@ def ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: bool)
         difference, kind, layer = row
 
         def at(total, alpha):
-            shift = (alpha - 1) * difference
+            shift = (alpha - 1).astype(difference.dtype) * difference
             in_layer = jnp.where(layers == layer, shift[None], 0)
             point = Point(
                 jnp.where(kind == 0, shift, 0),
@@ -48,7 +50,7 @@ def ig_activations(model: Decoder, pairs: Pairs, *, steps: int, positions: bool)
             )
             return total + _along(model, pairs, gradients(model, pairs, point), difference), None
 
-        start = jnp.zeros((graph.n_readers, pairs.embed.shape[1]), sums_in(difference.dtype))
+        start = jnp.zeros((graph.n_readers, pairs.embed.shape[1]), widened_dtype(difference.dtype))
         return jax.lax.scan(at, start, alphas)[0] / steps
 
     scores = jax.lax.map(source, (pairs.difference, kinds, within))
@@ -63,7 +65,7 @@ def _along(
 ) -> Float[Array, "reader pos"]:
     """The derivative in one direction through every reader, without the gradients of the readers' inputs."""
     numbers = jnp.arange(model.config.n_layers, dtype=jnp.int32)
-    exact = sums_in(difference.dtype)
+    exact = widened_dtype(difference.dtype)
 
     def body(_, row):
         number, params, x, made = row

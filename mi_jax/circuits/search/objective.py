@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from mi_jax.circuits.measures import kl_divergence
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 from mi_jax.data.task import Task
 
 Objective = Literal["kl", "metric", "squared"]
@@ -30,7 +31,7 @@ def loss_of(objective: Objective, task: Task, full: Float[Array, "batch 1 d_voca
         return lambda logits: kl_divergence(logits, full).mean()
     if objective == "metric":
         return lambda logits: -task.metric(logits).mean()
-    return lambda logits: jnp.square(logits - full).mean()
+    return lambda logits: jnp.square(widened(logits) - widened(full)).mean()
 
 
 def check_objective(objective: str) -> None:

@@ -24,8 +24,8 @@ class Null:
     """What chance gives: the mean of several draws, and the smallest and the largest of them."""
 
     mean: float
-    low: float
-    high: float
+    smallest: float
+    largest: float
 
     @classmethod
     def of(cls, draws: Float[np.ndarray, " draw"]) -> "Null":

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 
 from mi_jax.circuits.features import AttributionGraph
+from mi_jax.circuits.features.json import paired
 from mi_jax.core.errors import InputError
 
 # two features (layers 0 and 1), one error per layer, one token, two logits
@@ -80,19 +82,30 @@ def test_what_the_nodes_do_not_add_up_to():
     np.testing.assert_allclose(more.remainder, [0.5, 0.5, 0, 0, 0, 0.5, 0.5], atol=1e-6)
 
 
+def unpaired(number):
+    """Layer and latent, as the viewer gets them back."""
+    total = math.isqrt(8 * number + 1) // 2 + math.isqrt(8 * number + 1) % 2 - 1
+    latent = number - total * (total + 1) // 2
+    return total - latent, latent
+
+
 def test_json_is_that_of_circuit_tracer():
     made = json.loads(json.dumps(graph().to_json(words="abcdefghi".__getitem__, node_threshold=1.0, edge_threshold=1)))
     by_id = {node["node_id"]: node for node in made["nodes"]}
     assert len(by_id) == 7
-    # latent 1 of layer 0 and the error of layer 1 would have one id
     assert by_id["0_1_0"]["activation"] == 1.5
-    assert by_id["1_3_0"]["feature"] == 3
-    assert by_id["error_1_0"]["feature_type"] == by_id["0_0_0"]["feature_type"] == "mlp reconstruction error"
+    # the viewer takes layer and latent from one number
+    assert by_id["1_3_0"]["feature"] == 13
+    assert (paired(1, 7), unpaired(43)) == (43, (1, 7))
+    assert {unpaired(paired(layer, latent)) for layer in range(9) for latent in range(9)} == set(np.ndindex(9, 9))
+    assert by_id["1_-1_0"]["feature_type"] == by_id["0_-1_0"]["feature_type"] == "mlp reconstruction error"
+    assert by_id["1_-1_0"]["feature"] == -1
+    assert len({node["jsNodeId"] for node in made["nodes"]}) == 7
     assert by_id["E_4_0"]["layer"] == "E"
     assert by_id["3_8_0"] | {"clerp": 'Output "i" (p=0.800)', "is_target_logit": True} == by_id["3_8_0"]
     links = {(link["source"], link["target"]): link["weight"] for link in made["links"]}
     assert links[("0_1_0", "1_3_0")] == -3.0
-    assert links[("error_1_0", "3_8_0")] == 1.0
+    assert links[("1_-1_0", "3_8_0")] == 1.0
     assert len(links) == len(EFFECTS)
     assert made["metadata"]["prompt_tokens"] == ["e"]
     assert made["metadata"]["scan"] == "decoder"

@@ -139,7 +139,7 @@ def test_intervals_and_random_circuits_of_a_circuit():
             mixed[:, at, latent] = z[:, at, latent]
     close(found.random[1, 0].mean(), metric(*place, dictionary.decode(jnp.asarray(mixed)) + error))
     null = found.faithfulness_null
-    assert null.low <= null.mean <= null.high
+    assert null.smallest <= null.mean <= null.largest
     values = (found.random[:, 1].mean(1) - found.empty) / (found.full - found.empty)
     assert found.completeness_null.mean == pytest.approx(values.mean())
     for name, interval in found.intervals(key=jax.random.key(0)).items():

@@ -63,7 +63,7 @@ def test_completeness_by_its_definition():
     assert found.worst == pytest.approx(gaps.max())
     assert found.incompleteness.ci_low < found.incompleteness.value < found.incompleteness.ci_high
     assert found.kl.value > 1e-3
-    assert found.incompleteness_null.high > found.incompleteness_null.low
+    assert found.incompleteness_null.largest > found.incompleteness_null.smallest
 
 
 def test_the_whole_graph_is_complete():

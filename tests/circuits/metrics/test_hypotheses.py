@@ -7,6 +7,7 @@ import scipy.stats
 
 from mi_jax.circuits.faithfulness import random_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.metrics.controls import path_circuit
 from mi_jax.circuits.metrics.hypotheses import (
     equivalence_test,
     independence_test,
@@ -144,18 +145,19 @@ def test_minimality_errs_as_often_as_it_says():
     assert found.p_values[1] == 1
 
 
-def test_of_a_circuit():
+@pytest.mark.parametrize(("draw", "drawn"), [("paths", path_circuit), ("edges", random_edges)])
+def test_of_a_circuit(draw, drawn):
     """All edges but one that does nothing: close to the model, and without it nothing is left."""
     circuit = GRAPH.edges.copy()
     circuit[GRAPH.index("a1.h1->m1")] = False
-    found = hypothesis_tests(model(), task(), circuit, key=KEY, random=5, max_edges=4, permutations=19)
+    found = hypothesis_tests(model(), task(), circuit, key=KEY, draw=draw, random=5, max_edges=4, permutations=19)
     assert len(found.tests) == 6
     assert len({t.name for t in found.tests}) == 6
     assert all(0 <= t.p_value <= 1 for t in found.tests)
     assert len(found.minimality.names) == 4
     assert set(found.minimality.names) <= set(GRAPH.names(circuit))
     complement, n = GRAPH.edges & ~circuit, int(circuit.sum())
-    random = np.stack([random_edges(GRAPH, n, seed=s) for s in range(5)])
+    random = np.stack([drawn(GRAPH, n, seed=s) for s in range(5)])
     masks = np.concatenate([circuit[None], complement[None], random, GRAPH.edges[None] & ~random])
     runs = circuit_runs(model(), task(), masks)
     far = np.abs(runs.metric.astype(np.float64) - runs.reference_metric).mean(1)
@@ -169,3 +171,17 @@ def test_of_a_circuit():
         hypothesis_tests(model(), task(), GRAPH.edges, key=KEY)
     with pytest.raises(InputError, match="four or more; this task has 2"):
         hypothesis_tests(model(), task()[:2], circuit, key=KEY)
+    with pytest.raises(InputError, match="draw is one of paths, edges"):
+        hypothesis_tests(model(), task(), circuit, key=KEY, draw="nodes")
+
+
+def test_minimality_names_an_edge_that_leads_nowhere():
+    """Random paths reach the logits, so an edge that does not is worse than what they bring; single edges do not."""
+    names = ("input->m0", "m0->logits", "input->logits", "input->a0.h0<v>")
+    options = {"key": KEY, "random": 8, "quantile": 0.5, "permutations": 1}
+    found = hypothesis_tests(model(), task(), GRAPH.mask(names), **options).minimality
+    assert found.superfluous == ["input->a0.h0<v>"]
+    assert found.overall.rejects
+    assert found.overall.p_value == pytest.approx(4 * 0.5**8)
+    single = hypothesis_tests(model(), task(), GRAPH.mask(names), draw="edges", **options).minimality
+    assert not single.overall.rejects

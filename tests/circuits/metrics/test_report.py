@@ -49,6 +49,10 @@ def test_parts_are_those_of_their_own_functions(report):
     signed = curve(model(), TASK, scores, select="signed", **mib)
     assert report.curves.cpr.found.value == pytest.approx(signed.cpr, abs=TOLERANCE)
     assert report.curves.signed.cpr_from_zero == pytest.approx(signed.cpr_from_zero, abs=TOLERANCE)
+    small = {0.001: 0, 0.005: 2, 0.01: 3}
+    assert {f: report.curves.absolute.values[i] for f, i in small.items()} == pytest.approx(
+        {f: found.found.value for f, found in report.curves.small.items()}, abs=TOLERANCE
+    )
     (own,) = faithfulness(model(), TASK, [report.mask])
     assert report.metrics.sufficiency.found.value == pytest.approx(own, abs=TOLERANCE)
     assert report.mask.sum() <= 30
@@ -68,9 +72,19 @@ def test_json_is_flat_and_complete(report):
     out = report.to_json()
     assert json.loads(json.dumps(out)) == out
     assert all(isinstance(v, int | float) for v in out.values())
-    for name in ("cmd", "cpr", "faithfulness", "necessity", "kl", "agreement", "incompleteness", "auroc"):
+    for name in (
+        "faithfulness_at_0_1_percent",
+        "cmd",
+        "cpr",
+        "faithfulness",
+        "necessity",
+        "kl",
+        "agreement",
+        "incompleteness",
+        "auroc",
+    ):
         assert {name, f"{name}_null", f"{name}_ci_low", f"{name}_ci_high"} <= set(out)
-    for name in ("stability_jaccard", "stability_split_jaccard", "stability_paraphrase_jaccard"):
+    for name in ("stability_jaccard", "stability_bootstrap_jaccard", "stability_paraphrase_jaccard"):
         assert {name, f"{name}_null", f"{name}_ci_low", f"{name}_ci_high"} <= set(out)
     assert {"mib_auroc", "cmd_from_zero", "test_sufficiency_p_value", "test_minimality_rejects"} <= set(out)
 

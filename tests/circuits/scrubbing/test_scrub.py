@@ -42,7 +42,7 @@ def test_a_hypothesis_that_allows_nothing_to_change_recovers_all():
     assert found.recovered.value == pytest.approx(1, abs=TOLERANCE)
     assert found.recovered.ci_low == pytest.approx(1, abs=1e-3)
     # values of all prompts differ, so a shuffle of them still allows nothing to change
-    assert found.null.low == pytest.approx(1, abs=TOLERANCE)
+    assert found.null.smallest == pytest.approx(1, abs=TOLERANCE)
     # each of the four reads all before it, so the tree doubles with each
     assert found.runs == 2**4
 

@@ -70,7 +70,7 @@ def test_tpp_rewards_latents_of_one_class():
     assert got.n_values == (1,)
     assert got.score[0].value > 0.4
     assert got.unintended[0].value < 0.05
-    assert got.null[0].high < got.score[0].value
+    assert got.null[0].largest < got.score[0].value
 
 
 def attributes(seed: int, n: int = 400) -> Examples:
