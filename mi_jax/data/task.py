@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
+from mi_jax.core.vocabulary import at_tokens, check_tokens
 
 Measure = Literal["logit-difference", "probability-difference"]
 
@@ -75,6 +76,9 @@ class Task(eqx.Module):
                 raise InputError(
                     f"task {self.name!r}: {kind} has shape {tokens.shape} and its weights have {weight.shape}"
                 )
+            if _readable(tokens) and (weight is None or _readable(weight)):
+                counted = np.asarray(tokens)[... if weight is None else np.asarray(weight) != 0]
+                check_tokens(f"task {self.name!r}: {kind}", counted)
         if all(_readable(x) for x in (self.mask, self.position)):
             self._check_padding(np.asarray(self.mask), np.asarray(self.position))
 
@@ -153,7 +157,7 @@ class Task(eqx.Module):
         return answer - self._weighed(values, self.distractor, self.distractor_weight, mean=mean)
 
     def _weighed(self, values: Array, tokens: Array, weight: Array | None, *, mean: bool) -> Float[Array, " batch"]:
-        picked = _pick(values, tokens)
+        picked = _pick(values, tokens, weight)
         if weight is not None:
             return (picked * weight.reshape(picked.shape).astype(picked.dtype)).sum(1)
         return picked.mean(1) if mean else picked.sum(1)
@@ -164,13 +168,15 @@ def _readable(x: Array) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def _pick(values: Array, tokens: Array) -> Float[Array, "batch choice"]:
-    return jnp.take_along_axis(values, tokens.reshape(tokens.shape[0], -1), axis=1)
+def _pick(values: Array, tokens: Array, weight: Array | None) -> Float[Array, "batch choice"]:
+    """Values of tokens, NaN for those that do not exist unless they pad a set."""
+    tokens = tokens if weight is None else jnp.where(weight != 0, tokens, 0)
+    return at_tokens(values, tokens.reshape(tokens.shape[0], -1))
 
 
 def _options(values: Array, tokens: Array, weight: Array | None, *, empty: Any) -> Float[Array, "batch choice"]:
     """Values of a set, `empty` where it is padded."""
-    picked = _pick(values, tokens)
+    picked = _pick(values, tokens, weight)
     if weight is None:
         return picked
     return jnp.where(weight.reshape(picked.shape) != 0, picked, jnp.asarray(empty, picked.dtype))

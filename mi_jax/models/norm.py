@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mi_jax.core.precision import widened as widened
+
 
 class Norm(eqx.Module):
     """RMSNorm, or LayerNorm where there is a bias, over the last axis; `weight` None leaves the input as it is.
@@ -38,8 +40,3 @@ class Norm(eqx.Module):
 def normed(norm: Norm | None, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
     """`norm(x)`, or x where there is no norm."""
     return x if norm is None else norm(x)
-
-
-def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """In float32, where the dtype has fewer bits: for sums and exponentials."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

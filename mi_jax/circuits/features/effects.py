@@ -24,6 +24,7 @@ from mi_jax.core.effects import mean_metric
 from mi_jax.core.errors import InputError
 from mi_jax.core.gradients import site_gradients
 from mi_jax.core.index import Index
+from mi_jax.core.precision import widened_dtype
 from mi_jax.core.transforms import intervene
 from mi_jax.data.task import Task
 
@@ -139,7 +140,7 @@ def _mean_gradient(
         return total + found[site][layer], None
 
     midpoints = (jnp.arange(steps, dtype=clean.dtype) + 0.5) / steps
-    return jax.lax.scan(add_one, jnp.zeros_like(clean), midpoints)[0] / steps
+    return jax.lax.scan(add_one, jnp.zeros(clean.shape, widened_dtype(clean.dtype)), midpoints)[0] / steps
 
 
 def _exact(
