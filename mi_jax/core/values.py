@@ -150,7 +150,7 @@ def _check_reading(operand: Array, x: Array, site: Site, n_layers: int | None) -
 
     A vector is always one of the last axis.
     """
-    if not 2 <= operand.ndim <= x.ndim:
+    if not 2 <= operand.ndim <= x.ndim or len(site.slice_axes) != x.ndim:
         return
     sizes = list(zip(site.slice_axes, x.shape, strict=True))[:-1]
     sizes = sizes if n_layers is None else [(LAYER, n_layers), *sizes]

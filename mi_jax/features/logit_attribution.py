@@ -122,9 +122,6 @@ class DirectLogits(eqx.Module):
           SiteError: an edit of the logits of a model that has a soft cap on them.
         """
         decoder, edits = unwrap(self.model, taps)
-        for name, token in (("answer", answer), ("distractor", distractor)):
-            check_tokens(name, () if token is None else token, decoder.config.d_vocab)
-        answer, distractor = (None if token is None else jnp.asarray(token) for token in (answer, distractor))
         _check_edits(decoder, edits)
         n_pos = tokens.shape[1] if output_pos is None else 1
         u, unembed_bias = _row(decoder, "answer", answer, tokens.shape[0], n_pos)
@@ -246,9 +243,10 @@ def _at_positions(name: str, x: Array, pos: Int[Array, " batch"]) -> Array:
 
 
 def _row(
-    decoder: Decoder, name: str, tokens: Array, batch: int, n_pos: int
+    decoder: Decoder, name: str, tokens: ArrayLike, batch: int, n_pos: int
 ) -> tuple[Float[Array, "batch pos d_model"], Float[Array, "batch pos"]]:
     """Unembedding rows of the tokens, and their biases."""
+    check_tokens(name, tokens, decoder.config.d_vocab)
     places = _places(name, tokens, (batch, n_pos))
     # a token outside the vocabulary must not become the last one unseen, nor a negative one count from the end
     places = jnp.where(places < 0, decoder.config.d_vocab, places)
@@ -257,7 +255,8 @@ def _row(
     return u, jnp.zeros(places.shape, u.dtype) if bias is None else in_float32(bias[places])
 
 
-def _places(name: str, tokens: Array, shape: tuple[int, ...]) -> Int[Array, "batch pos"]:
+def _places(name: str, tokens: ArrayLike, shape: tuple[int, ...]) -> Int[Array, "batch pos"]:
+    tokens = jnp.asarray(tokens)
     try:
         return jnp.broadcast_to(tokens[:, None] if tokens.ndim == 1 else tokens, shape)
     except ValueError:
@@ -268,7 +267,7 @@ def _places(name: str, tokens: Array, shape: tuple[int, ...]) -> Int[Array, "bat
 
 
 def _logit(
-    output: Float[Array, "batch pos d_vocab"], tokens: Array, shape: tuple[int, ...]
+    output: Float[Array, "batch pos d_vocab"], tokens: ArrayLike, shape: tuple[int, ...]
 ) -> Float[Array, "batch pos"]:
     places = _places("answer", tokens, shape)
     return at_tokens(in_float32(output), places[:, :, None])[..., 0]
