@@ -89,22 +89,29 @@ def _orthonormal(basis: ArrayLike) -> Float[Array, "*layer d k"]:
         raise SiteError(f"a basis has shape [d k] or [layer d k] with k ≤ d; got {basis.shape}")
     if not jnp.issubdtype(basis.dtype, jnp.floating):
         raise SiteError(f"a basis holds floating numbers; got {basis.dtype}")
-    # columns of length 1 span the same; what rounding alone makes of dependent ones is then below `smallest`
-    known, smallest = not isinstance(basis, jax.core.Tracer), rounding(basis.dtype) / 2
+    # what rounding alone makes of dependent columns of length 1 is smaller
+    smallest = max(rounding(basis.dtype) / 2, max(basis.shape[-2:]) * rounding(widened_dtype(basis.dtype)))
+    if isinstance(basis, jax.core.Tracer):
+        orthonormal, triangle = jnp.linalg.qr(_unit_columns(basis))
+        size = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
+        dependent = (size <= smallest * size.max(-1, keepdims=True)).any((-2, -1) if basis.ndim == 3 else -1)
+        return jnp.where(dependent, jnp.nan, orthonormal)
+    # a known basis stays one where the edit is made inside a jitted function
+    with jax.ensure_compile_time_eval():
+        columns = _unit_columns(basis)
+        left, size, _ = np.linalg.svd(np.asarray(columns), full_matrices=False)
+        independent = size > smallest * size.max(-1, initial=0.0, keepdims=True)
+        if independent.all():
+            return jnp.linalg.qr(columns)[0]
+        # the directions that a dependent column would add are no part of the span: such columns become 0
+        return jnp.asarray(left * independent[..., None, :], columns.dtype)
+
+
+def _unit_columns(basis: Array) -> Array:
+    """The same span, `widened`."""
     basis = widened(basis)
     length = jnp.linalg.norm(basis, axis=-2, keepdims=True)
-    basis = basis / jnp.where(length > 0, length, 1)
-    smallest = max(smallest, max(basis.shape[-2:]) * rounding(basis.dtype))
-    if known:
-        # the directions that a dependent column would add are no part of the span: such columns become 0
-        left, size, _ = np.linalg.svd(np.asarray(basis), full_matrices=False)
-        independent = size > smallest * size.max(-1, initial=0.0, keepdims=True)
-        if not independent.all():
-            return jnp.asarray(left * independent[..., None, :], basis.dtype)
-    orthonormal, triangle = jnp.linalg.qr(basis)
-    size = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
-    dependent = (size <= smallest * size.max(-1, keepdims=True)).any((-2, -1) if basis.ndim == 3 else -1)
-    return jnp.where(dependent, jnp.nan, orthonormal)
+    return basis / jnp.where(length > 0, length, 1)
 
 
 def _checked(basis: Array, x: Array, place: Place) -> Array:
