@@ -23,10 +23,14 @@ from mi_jax.core import forward_effects as forward_effects
 from mi_jax.core import intervene as intervene
 from mi_jax.core import jit as jit
 from mi_jax.core import load_edits as load_edits
+from mi_jax.core import named as named
 from mi_jax.core import node as node
 from mi_jax.core import noise as noise
+from mi_jax.core import pairs as pairs
 from mi_jax.core import patch as patch
 from mi_jax.core import path_patch as path_patch
+from mi_jax.core import per_example as per_example
+from mi_jax.core import product as product
 from mi_jax.core import project_out as project_out
 from mi_jax.core import save_edits as save_edits
 from mi_jax.core import scale as scale

@@ -15,6 +15,9 @@ from mi_jax.core.files import load_edits as load_edits
 from mi_jax.core.files import save_edits as save_edits
 from mi_jax.core.forward import forward_effects as forward_effects
 from mi_jax.core.index import each as each
+from mi_jax.core.index import pairs as pairs
+from mi_jax.core.index import per_example as per_example
+from mi_jax.core.index import product as product
 from mi_jax.core.nodes import Node as Node
 from mi_jax.core.nodes import node as node
 from mi_jax.core.paths import path_patch as path_patch
@@ -30,3 +33,4 @@ from mi_jax.core.transforms import SiteModel as SiteModel
 from mi_jax.core.transforms import capture as capture
 from mi_jax.core.transforms import intervene as intervene
 from mi_jax.core.transforms import jit as jit
+from mi_jax.core.values import named as named

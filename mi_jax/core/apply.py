@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from mi_jax.core.edits import Edit, Place, Transform
+from mi_jax.core.edits import Edit, Transform
 from mi_jax.core.index import Each, check_places, index_axis, out_of_range, selection
 from mi_jax.core.sites import LAYER, Site, SiteError, SiteTable
+from mi_jax.core.values import Place, by_name, has_layers
 
 Taps = Mapping[str, tuple[Edit, ...]]
 
@@ -46,20 +47,28 @@ def check(edit: Edit, table: SiteTable) -> Edit:
         if sized and not isinstance(value, Each | jax.core.Tracer):
             for one in np.asarray(value).reshape(-1).tolist():
                 table.check_index(site, axis, one)
+    if (axes := edit.reading.axes) is not None:
+        edit = edit.with_value(by_name(edit.value, axes, site))
+        edit = _read(edit, axes=tuple(sorted(axes, key=site.axes.index)))
     for leaf in jax.tree.leaves(split(edit, site)[0]):
         if leaf.shape[0] != table.size(LAYER):
             raise SiteError(
                 f"the value for site {site.name!r} has {leaf.shape[0]} layers, {table.model} has "
                 f"{table.size(LAYER)}; capture all layers, or pass one layer's value with layer=…"
             )
-    if edit.captured and site.layered and not jax.tree.leaves(split(edit, site)[0]):
-        places = edit.index.layer
-        if not (isinstance(places, jax.Array) and places.ndim == 0):
-            raise SiteError(
-                f"the captured value for site {site.name!r} is of one layer; say which one it is for with layer=…, or "
-                "capture all layers"
-            )
-    return dataclasses.replace(edit, site=site.name)
+    one_layer = isinstance(edit.index.layer, jax.Array) and edit.index.layer.ndim == 0
+    # the axis of the layers may be among those of the value where nothing says that it is not
+    maybe_layers = site.layered and not one_layer and not has_layers(edit.value, site)
+    if edit.reading.captured and maybe_layers:
+        raise SiteError(
+            f"the captured value for site {site.name!r} is of one layer; say which one it is for with layer=…, or "
+            "capture all layers"
+        )
+    return dataclasses.replace(_read(edit, n_layers=table.size(LAYER) if maybe_layers else None), site=site.name)
+
+
+def _read(edit: Edit, **how: Any) -> Edit:
+    return dataclasses.replace(edit, reading=dataclasses.replace(edit.reading, **how))
 
 
 def checked(taps: Taps, table: SiteTable) -> Taps:
@@ -110,9 +119,7 @@ def apply(
     for name in edit.each_axes():
         raise SiteError(f"site {site.name!r}: mi.each on {name!r} marks an axis of a sweep; use mi.sweep")
     chosen_layer = None if edit.index.layer is None else jnp.any(layer == edit.index.layer)
-    selected = selection(edit.index, x, site)
-    if chosen_layer is not None:
-        selected = chosen_layer if selected is None else selected & chosen_layer
+    selected = selection(edit.index, x, site, layer)
     operand = edit.prepare(operand, x, Place(site, layer, mask, selected))
     if isinstance(edit, Transform) and chosen_layer is not None:
         new = jax.lax.cond(chosen_layer, lambda v: _new_value(edit, operand, v), lambda v: v, x)

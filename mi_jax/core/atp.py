@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from mi_jax.core.edits import Edit
 from mi_jax.core.errors import InputError
 from mi_jax.core.index import Index
+from mi_jax.core.precision import widened
 from mi_jax.core.sites import LAYER, AttentionRule, SiteError, SiteTable
 
 Scores = Float[Array, "*layer batch pos head"]
@@ -29,6 +30,7 @@ class _GradientGate(Edit):
     """Leaves the value as it is; lets the gradient through in proportion to the operand."""
 
     def new(self, x, operand):
+        x = widened(x)
         return operand * x + (1 - operand) * jax.lax.stop_gradient(x)
 
 
@@ -46,7 +48,7 @@ def query_effects(
       gradient: of the metric with respect to that run's pattern.
       rule: how the model's queries and keys make scores.
     """
-    new = _scores(source_query, key, scores, rule)
+    new, scores, gradient = _scores(source_query, key, scores, rule), widened(scores), widened(gradient)
     change = jax.nn.softmax(new, -1) - jax.nn.softmax(scores, -1)
     return jnp.moveaxis((change * gradient).sum(-1), -1, -2)
 
@@ -64,7 +66,7 @@ def key_effects(
     effect is `(p' − p) · (gradient at the key − mean gradient over the others)`: quadratic in the prompt length for
     all keys together.
     """
-    new = _scores(query, source_key, scores, rule)
+    new, scores, gradient = _scores(query, source_key, scores, rule), widened(scores), widened(gradient)
     others, mean_gradient = _without_each_key(scores, gradient)
     moved = jax.nn.sigmoid(new - others) - jax.nn.sigmoid(scores - others)
     by_head = (moved * (gradient - mean_gradient)).sum(-2)
@@ -74,14 +76,15 @@ def key_effects(
 
 
 def _scores(query: Array, key: Array, masked_as: Array, rule: AttentionRule) -> Array:
-    """Scores of other queries or keys, with the masked ones as they were."""
+    """Scores of other queries or keys, `widened`, with the masked ones as they were."""
+    forbidden = max(float(jnp.finfo(masked_as.dtype).min) / 2, -1e8)
+    query, key, masked_as = widened(query), widened(key), widened(masked_as)
     key = jnp.repeat(key, query.shape[-2] // key.shape[-2], axis=-2)
     scale = query.shape[-1] ** -0.5 if rule.scale is None else rule.scale
     new = jnp.einsum("...qhd,...phd->...hqp", query, key) * scale
     if rule.softcap:
         new = rule.softcap * jnp.tanh(new / rule.softcap)
-    forbidden = max(float(jnp.finfo(masked_as.dtype).min) / 2, -1e8)
-    return jnp.where(masked_as < forbidden, masked_as, new.astype(masked_as.dtype))
+    return jnp.where(masked_as < forbidden, masked_as, new)
 
 
 def _without_each_key(scores: Array, gradient: Array) -> tuple[Array, Array]:

@@ -34,9 +34,10 @@ from mi_jax.core.certify import certify
 from mi_jax.core.edits import Edit, Patch
 from mi_jax.core.effects import Effects, base_and_source, check_direction, mean_metric
 from mi_jax.core.errors import InputError
-from mi_jax.core.gradients import Acts, site_gradients
+from mi_jax.core.gradients import Acts, gradient_factor, site_gradients
 from mi_jax.core.index import Index, each
-from mi_jax.core.nodes import node_axes, sum_to_nodes, widened
+from mi_jax.core.nodes import node_axes, sum_to_nodes
+from mi_jax.core.precision import widened
 from mi_jax.core.sites import LAYER, SiteError
 from mi_jax.core.sweeps import sweep
 from mi_jax.core.transforms import SiteModel
@@ -114,9 +115,9 @@ class Attribution(eqx.Module):
         """Sites that are scored with the QK fix."""
         return tuple(s for s in self.sites if s in _QK_SITES) if self.method in ("atp+qk", "atp*") else ()
 
-    def _dot(self, name: str, difference: Array, gradient: Array) -> Float[Array, "..."]:
+    def _dot(self, name: str, start: Array, end: Array, gradient: Array) -> Float[Array, "..."]:
         site, _ = self.model.site_table.resolve(name)
-        return sum_to_nodes(widened(difference) * widened(gradient), site, self._axes(name))
+        return sum_to_nodes(_difference(start, end) * widened(gradient), site, self._axes(name))
 
     def _patching(self, base: Array, to: Acts, options: Mapping[str, Any], needed: tuple[str, ...]):
         def scored(gates: Mapping[str, tuple[Edit, ...]]):
@@ -124,7 +125,7 @@ class Attribution(eqx.Module):
             scores = {}
             for name in self.sites:
                 if name not in self._fixed():
-                    scores[name] = self._dot(name, to[name] - at[name], gradients[name])
+                    scores[name] = self._dot(name, at[name], to[name], gradients[name])
                     continue
                 pattern = (at["attn.scores"], gradients["attn.pattern"], self.model.site_table.attention)
                 if name == "attn.q":
@@ -145,21 +146,24 @@ class Attribution(eqx.Module):
         sites = tuple(dict.fromkeys((*self.sites, "embed")))
 
         def gradient(alpha):
-            embed = at["embed"] + alpha * (to["embed"] - at["embed"])
+            embed = _between(at["embed"], to["embed"], alpha)
             before = {"embed": (Patch("embed", Index(), embed),)}
             return site_gradients(self.model, self.metric, sites, base, options, before=before)[2]
 
-        mean = self._integral(gradient, at["embed"].dtype)
-        total = (widened(to["embed"] - at["embed"]) * widened(mean["embed"])).sum()
-        return {name: self._dot(name, to[name] - at[name], mean[name]) for name in self.sites}, total
+        mean = self._integral(gradient)
+        total = (_difference(at["embed"], to["embed"]) * widened(mean["embed"])).sum()
+        return {name: self._dot(name, at[name], to[name], mean[name]) for name in self.sites}, total
 
     def _activations(self, base: Array, at: Acts, to: Acts, options: Mapping[str, Any]) -> dict[str, Array]:
+        factor = gradient_factor(base)
+
         def mean_gradient(name, layer, start, end):
             def metric_at(value):
                 taps = {name: (Patch(name, Index(layer=layer), value),)}
-                return mean_metric(self.metric(self.model(base, taps=taps, **options)))
+                return factor * mean_metric(self.metric(self.model(base, taps=taps, **options)))
 
-            return self._integral(lambda alpha: jax.grad(metric_at)(start + alpha * (end - start)), start.dtype)
+            mean = self._integral(lambda alpha: jax.grad(metric_at)(_between(start, end, alpha)))
+            return mean / factor
 
         scores = {}
         for name in self.sites:
@@ -169,13 +173,13 @@ class Attribution(eqx.Module):
                 mean = jax.lax.map(lambda row, name=name: mean_gradient(name, *row), rows)
             else:
                 mean = mean_gradient(name, None, at[name], to[name])
-            scores[name] = self._dot(name, to[name] - at[name], mean)
+            scores[name] = self._dot(name, at[name], to[name], mean)
         return scores
 
-    def _integral(self, gradient: Callable[[Array], Any], dtype) -> Any:
+    def _integral(self, gradient: Callable[[Array], Any]) -> Any:
         """The mean of a gradient over α in [0, 1]."""
         nodes, weights = np.polynomial.legendre.leggauss(self.steps)
-        points = (jnp.asarray((nodes + 1) / 2, dtype), jnp.asarray(weights / 2))
+        points = (jnp.asarray((nodes + 1) / 2), jnp.asarray(weights / 2))
 
         def at(alpha):
             return jax.tree.map(widened, gradient(alpha))
@@ -201,6 +205,16 @@ class Attribution(eqx.Module):
                 patched = metric(self.model(base, taps={name: (edit,)}, **options))
             values[name] = patched - baseline
         return baseline, values
+
+
+def _difference(start: Array, end: Array) -> Array:
+    """Exact for neighbours in half precision, whose own difference would be rounded."""
+    return widened(end) - widened(start)
+
+
+def _between(start: Array, end: Array, alpha: Array) -> Array:
+    difference = _difference(start, end)
+    return (widened(start) + alpha.astype(difference.dtype) * difference).astype(start.dtype)
 
 
 def attribute(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool
 from mi_jax.core.edits import Edit
 from mi_jax.core.identities import Acts, equations
 from mi_jax.core.index import Index
+from mi_jax.core.precision import tolerance as dtype_tolerance
 from mi_jax.core.sites import LAYER, Site, SiteError
 from mi_jax.core.transforms import SiteModel, capture, jit
 
@@ -38,7 +39,7 @@ def check_sites(
     model: SiteModel,
     *inputs: Any,
     mask: Bool[Array, "batch pos"] | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
     **options: Any,
 ) -> list[str]:
     """Checks every equation between sites, the shape of every site, and what every site does when it is edited.
@@ -51,7 +52,8 @@ def check_sites(
       inputs: of the model; the first has the shape `[batch pos …]`.
       mask: True at real tokens, passed on where it is given. A second input of booleans in the shape of the first is
         taken for it too.
-      tolerance: largest difference, relative to the largest absolute value of the site where that exceeds 1.
+      tolerance: largest difference, relative to the largest absolute value of the site where that exceeds 1; None for
+        that of the model's dtype, 1e-5 for float32, 0.0625 for bfloat16, 0.0078 for float16.
       options: further arguments of the model.
 
     Returns:
@@ -73,6 +75,8 @@ def check_sites(
     acts = {name: np.asarray(x, np.float64) for name, x in captured.items()}
     if isinstance(output, jax.Array):
         acts["output"] = np.asarray(output, np.float64)
+    if tolerance is None:
+        tolerance = max(dtype_tolerance(x.dtype) for x in captured.values())
     leading = _leading(inputs, dict(table.sizes))
     _check_shapes(table.model, table.sites, acts, _known(leading) | dict(table.sizes))
     real = np.ones(leading, bool) if mask is None else np.asarray(mask)

@@ -5,7 +5,7 @@ recompile; the set of edited sites is static.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -14,23 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mi_jax.core.index import Each, Index
-from mi_jax.core.sites import Site, SiteError, canonical
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where an edit is being applied: one layer of one run.
-
-    Attributes:
-      layer: traced; None outside the layers.
-      mask: `[batch pos]`, True at real tokens; None means all are.
-      selected: where the edit applies, broadcasts against the site; None means everywhere.
-    """
-
-    site: Site
-    layer: Any = None
-    mask: Any = None
-    selected: Any = None
+from mi_jax.core.precision import widened, widened_dtype
+from mi_jax.core.sites import Site, SiteError
+from mi_jax.core.values import Place, Reading, has_layers, value_at, value_of
 
 
 class Edit(eqx.Module):
@@ -39,8 +25,7 @@ class Edit(eqx.Module):
     site: str = eqx.field(static=True)
     index: Index
     operand: Any
-    # whether the operand came out of a dictionary of captured activations, so that its axes must be those of the site
-    captured: bool = eqx.field(static=True, default=False)
+    reading: Reading = eqx.field(static=True, default=Reading())
 
     # whether the new value at a position depends on no other position
     pointwise: ClassVar[bool] = True
@@ -50,11 +35,20 @@ class Edit(eqx.Module):
 
     def prepare(self, operand: Any, x: Array, place: Place) -> Any:
         """The operand as `new` takes it; here, an array that broadcasts against the site in one layer."""
-        return value_at(operand, x, place, captured=self.captured)
+        return value_at(operand, x, place, self.reading)
 
     def stacked(self, site: Site) -> Any:
         """Which leaves of the operand have a leading layer axis: here, those with the rank of the whole site."""
         return jax.tree.map(lambda leaf: has_layers(leaf, site), self.operand)
+
+    @property
+    def value(self) -> Any:
+        """What of the operand has axes of the site, which is what `reading` is of."""
+        return self.operand
+
+    def with_value(self, value: Any) -> "Edit":
+        """The same edit with another value."""
+        return dataclasses.replace(self, operand=value)
 
     def each_axes(self) -> tuple[str, ...]:
         """Index names that are marked with `mi.each`."""
@@ -63,45 +57,6 @@ class Edit(eqx.Module):
     def placed(self, **index) -> "Edit":
         """The same edit at other indices."""
         return dataclasses.replace(self, index=self.index.replace(**index))
-
-
-def has_layers(leaf: Any, site: Site, rank: int | None = None) -> bool:
-    """Whether an operand has a leading layer axis, that is, the rank of the whole site (or `rank`)."""
-    return site.layered and eqx.is_array(leaf) and leaf.ndim == (len(site.axes) if rank is None else rank)
-
-
-def value_at(operand: Any, x: Array, place: Place, *, captured: bool = False) -> Array:
-    """A value in the shape of the site in one layer, 0 where the edit does not apply.
-
-    So a NaN where the edit does not apply reaches neither the result nor, as 0 · NaN, a gradient; nor does one at
-    padding, which counts as 0.
-
-    Args:
-      captured: the value is from a run of its own, so only its batch may be 1 where the site's is not.
-
-    Raises:
-      SiteError: the value does not broadcast against the site, or comes from a run of another shape.
-    """
-    operand = jnp.asarray(operand)
-    if captured and operand.shape != x.shape and operand.shape != (1, *x.shape[1:]):
-        raise SiteError(
-            f"the captured value for site {place.site.name!r} has shape {operand.shape} in one layer, the site has "
-            f"{x.shape}: capture it on prompts of the same length, or pass the array itself to broadcast it"
-        )
-    try:
-        value = jnp.broadcast_to(operand, x.shape).astype(x.dtype)
-    except ValueError:
-        raise SiteError(
-            f"the value for site {place.site.name!r} has shape {operand.shape}, which does not broadcast against "
-            f"{x.shape}, the site in one layer"
-        ) from None
-    zero = jnp.zeros_like(value)
-    if place.mask is not None and "pos" in place.site.slice_axes:
-        real = place.mask.reshape(*place.mask.shape, *(1,) * (x.ndim - 2))
-        value = jnp.where(jnp.isnan(value) & ~jnp.broadcast_to(real, x.shape), zero, value)
-    if place.selected is None:
-        return value
-    return jnp.where(jnp.broadcast_to(place.selected, x.shape), value, zero)
 
 
 class Patch(Edit):
@@ -115,34 +70,42 @@ class Add(Edit):
     """Adds to the value."""
 
     def new(self, x, operand):
-        return x + operand
+        return widened(x) + operand
 
 
 class Scale(Edit):
     """Multiplies the value."""
 
     def new(self, x, operand):
-        return x * operand
+        return widened(x) * operand
 
 
 class Noise(Edit):
     """Adds normal noise; the operand is the standard deviation and a key, another draw per layer and position."""
 
     def stacked(self, site):
-        return (False, False)
+        return (has_layers(self.operand[0], site), False)
+
+    @property
+    def value(self):
+        return self.operand[0]
+
+    def with_value(self, value):
+        return dataclasses.replace(self, operand=(value, self.operand[1]))
 
     def prepare(self, operand, x, place):
         std, key = operand
         key = key if place.layer is None else jax.random.fold_in(key, place.layer)
+        std, dtype = value_at(std, x, place, self.reading), widened_dtype(x.dtype)
         if "pos" not in place.site.slice_axes:
-            return value_at(std, x, place) * jax.random.normal(key, x.shape, x.dtype)
+            return std * jax.random.normal(key, x.shape, dtype)
         # a position's draw must not depend on how far the prompts are padded
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[1], dtype=jnp.uint32))
-        draw = jax.vmap(lambda key: jax.random.normal(key, (x.shape[0], *x.shape[2:]), x.dtype), out_axes=1)(keys)
-        return value_at(std, x, place) * draw
+        draw = jax.vmap(lambda key: jax.random.normal(key, (x.shape[0], *x.shape[2:]), dtype), out_axes=1)(keys)
+        return std * draw
 
     def new(self, x, operand):
-        return x + operand
+        return widened(x) + operand
 
 
 class AblateMean(Edit):
@@ -152,7 +115,7 @@ class AblateMean(Edit):
     mean_axes: ClassVar[tuple[int, ...]] = (0, 1)
 
     def prepare(self, operand, x, place):
-        axes = place.site.slice_axes
+        axes, x = place.site.slice_axes, widened(x)
         tokens = next((axes.index(axis) for axis in ("pos", "query") if axis in axes), None)
         if place.mask is None or tokens is None:
             weight = jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype)
@@ -220,20 +183,22 @@ def patch(site: str, value, *, layer=None, pos=None, head=None, unit=None) -> Pa
       site: a site of the model, or a TransformerLens name.
       value: captured activations (the dictionary from `capture`, from which the same places are taken; prompts of the
         same length, or a batch of one), or an array of the site's full shape, or one that broadcasts against the site
-        in one layer.
-      layer, pos, head, unit: see `Index`; ints, arrays, tuples, or `mi.each` in a sweep.
+        in one layer, such as `[d_model]` or `[pos d_model]`, or `mi.named(array, "batch d_model")`. An array whose
+        shape fits several axes of the site is refused unless it is named.
+      layer, pos, head, unit: see `Index`; ints, arrays, tuples, `mi.per_example(positions)`, or `mi.each` in a sweep.
+        Two sets of one size: `**mi.pairs(layer=(0, 2), head=(1, 3))` or `**mi.product(…)`.
     """
-    return Patch(site, Index.of(layer, pos, head, unit), value_of(site, value), isinstance(value, Mapping))
+    return Patch(site, Index.of(layer, pos, head, unit), *value_of(site, value))
 
 
 def add(site: str, value, *, layer=None, pos=None, head=None, unit=None) -> Add:
     """Adds `value`; arguments as in `patch`."""
-    return Add(site, Index.of(layer, pos, head, unit), value_of(site, value), isinstance(value, Mapping))
+    return Add(site, Index.of(layer, pos, head, unit), *value_of(site, value))
 
 
 def scale(site: str, factor, *, layer=None, pos=None, head=None, unit=None) -> Scale:
     """Multiplies by `factor`; arguments as in `patch`."""
-    return Scale(site, Index.of(layer, pos, head, unit), value_of(site, factor), isinstance(factor, Mapping))
+    return Scale(site, Index.of(layer, pos, head, unit), *value_of(site, factor))
 
 
 def noise(site: str, std, *, key, layer=None, pos=None, head=None, unit=None) -> Noise:
@@ -241,7 +206,8 @@ def noise(site: str, std, *, key, layer=None, pos=None, head=None, unit=None) ->
 
     Every layer has its own draw. The source of "corrupt" runs in causal tracing (Meng et al. 2022, section 2.1).
     """
-    return Noise(site, Index.of(layer, pos, head, unit), (jnp.asarray(std), key))
+    value, reading = value_of(site, std)
+    return Noise(site, Index.of(layer, pos, head, unit), (value, key), reading)
 
 
 def ablate(site: str, *, baseline: Any = "zero", layer=None, pos=None, head=None, unit=None, key=None) -> Edit:
@@ -259,7 +225,7 @@ def ablate(site: str, *, baseline: Any = "zero", layer=None, pos=None, head=None
     """
     index = Index.of(layer, pos, head, unit)
     if not isinstance(baseline, str):
-        return Patch(site, index, value_of(site, baseline), isinstance(baseline, Mapping))
+        return Patch(site, index, *value_of(site, baseline))
     if baseline == "zero":
         return Patch(site, index, jnp.zeros(()))
     if baseline == "mean":
@@ -279,17 +245,3 @@ def transform(site: str, fn: Callable[[Array], Array], *, layer=None, pos=None, 
     Only the selected layers evaluate `fn`. It sees the site in one layer, `[batch pos …]`, and keeps its shape.
     """
     return Transform(site, Index.of(layer, pos, head, unit), fn)
-
-
-def value_of(site: str, value) -> Array:
-    """A value as an array; captured activations give that of the site.
-
-    Raises:
-      SiteError: captured activations without that site.
-    """
-    if isinstance(value, Mapping):
-        name = site if site in value else canonical(site)
-        if name not in value:
-            raise SiteError(f"the captured activations hold {', '.join(value)}, not {site!r}")
-        value = value[name]
-    return jnp.asarray(value)

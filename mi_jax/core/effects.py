@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from mi_jax.core.errors import InputError
-from mi_jax.core.nodes import widened
+from mi_jax.core.precision import widened
 
 DIRECTIONS = ("denoising", "noising")
 

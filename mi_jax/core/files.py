@@ -3,7 +3,6 @@
 A function (`mi.transform`) has no place in such a file: it is code. Save its arrays on their own and build it again.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from mi_jax.core import subspaces
 from mi_jax.core.edits import Edit
 from mi_jax.core.errors import InputError
 from mi_jax.core.index import Each, Index, each
+from mi_jax.core.values import Reading
 
 _FORMAT = "mi_jax edits 1"
 _KINDS: dict[str, type[Edit]] = {
@@ -62,7 +62,8 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit]) -> None:
             operands.append({"array": key, "key": str(jax.random.key_impl(value)) if is_key else None})
             arrays[key] = np.asarray(jax.random.key_data(value) if is_key else value)
         entry = {"kind": names[type(edit)], "site": edit.site, "index": index, "operands": operands}
-        described.append(entry | {"per_example": edit.index.per_example, "captured": edit.captured})
+        entry |= {"per_example": edit.index.per_example, "paired": edit.index.paired}
+        described.append(entry | {"captured": edit.reading.captured, "axes": edit.reading.axes})
     path = os.fspath(path)
     unfinished = f"{path}.{os.getpid()}.tmp"
     try:
@@ -105,5 +106,6 @@ def _edit(entry: dict[str, Any], arrays: dict[str, jax.Array]) -> Edit:
         leaves.append(jax.random.wrap_key_data(array, impl=leaf["key"]) if leaf["key"] else array)
     pair = kind in (kinds.Noise, subspaces.SwapSubspace)
     operand = tuple(leaves) if pair else leaves[0] if leaves else None
-    placed = dataclasses.replace(Index().replace(**index), per_example=entry["per_example"])
-    return kind(entry["site"], placed, operand, entry["captured"])
+    index = Index(**index, per_example=entry["per_example"], paired=tuple(entry.get("paired", ())))
+    axes = entry.get("axes")
+    return kind(entry["site"], index, operand, Reading(entry["captured"], None if axes is None else tuple(axes)))

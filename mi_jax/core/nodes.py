@@ -1,6 +1,5 @@
 """Nodes: places in the activation pytree, without a value: what is attributed to, sent from and received at."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mi_jax.core.apply import apply, check, split
-from mi_jax.core.edits import Edit, Patch, value_of
+from mi_jax.core.edits import Edit, Patch
 from mi_jax.core.index import Index, index_axis
 from mi_jax.core.sites import LAYER, Site, SiteError, SiteTable
+from mi_jax.core.values import value_of
 
 INDEX_NAMES = ("layer", "pos", "head", "unit")
 
@@ -24,7 +24,7 @@ class Node(eqx.Module):
 
     def patch(self, value: Any) -> Patch:
         """The edit that puts a value there: the site's dictionary or array, from which the same place is taken."""
-        return Patch(self.site, self.index, value_of(self.site, value), isinstance(value, Mapping))
+        return Patch(self.site, self.index, *value_of(self.site, value))
 
     def checked(self, table: SiteTable) -> "Node":
         """The node with its site's own name, and the layer in the index where the name gave it.
@@ -64,11 +64,6 @@ def node_axes(site: Site, axes: tuple[str, ...]) -> tuple[str, ...]:
         if name not in INDEX_NAMES:
             raise SiteError(f"axes are among {', '.join(INDEX_NAMES)}; got {name!r}")
     return tuple(name for name in INDEX_NAMES if name in axes and index_axis(site, name) is not None)
-
-
-def widened(x: Array) -> Array:
-    """At least 32-bit: sums and differences of 16-bit floats would lose what is compared."""
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def sum_to_nodes(x: Float[Array, "..."], site: Site, axes: tuple[str, ...]) -> Float[Array, "..."]:

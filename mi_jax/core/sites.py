@@ -163,7 +163,8 @@ class SiteTable:
         """Checks what is to be captured and returns it with canonical site names.
 
         Raises:
-          SiteError: unknown site, layer out of range, no layer, layers of a site that has none, or one site twice.
+          SiteError: unknown site, layer out of range, no layer, layers of a site that has none, as many layers as the
+            model has in another order, or one site twice.
         """
         out: list[At] = []
         specs = (specs,) if isinstance(specs, str | At) else specs
@@ -177,6 +178,13 @@ class SiteTable:
                 raise SiteError(f"site {site.name!r} of {self.model} exists once, not per layer; got layers={layers}")
             for one in (layers,) if isinstance(layers, int) else layers or ():
                 self.check_index(site, LAYER, one)
+            # patched back, each row would go to another layer than it came from
+            n_layers = self.size(LAYER) if site.layered else 0
+            if isinstance(layers, tuple) and len(layers) == n_layers and layers != tuple(range(n_layers)):
+                raise SiteError(
+                    f"site {site.name!r} is asked for at layers={layers}, which would look like all {n_layers} layers "
+                    f"in order: leave layers=… out and take them as acts[{site.name!r}][np.array({list(layers)})]"
+                )
             wanted = At(site.name, layers)
             if any(o.site == site.name and o != wanted for o in out):
                 raise SiteError(

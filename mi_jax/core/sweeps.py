@@ -32,6 +32,8 @@ class Sweep(eqx.Module):
     progress: Progress | None = eqx.field(static=True, default=None)
     # how many positions, counted from the last, the edit's own positions can change; None where they are not known
     suffix: int | None = eqx.field(static=True, default=None)
+    # whether the layer was a number when the sweep was made, so that its range was checked
+    known_layer: bool = eqx.field(static=True, default=False)
 
     def prepared(self, tokens) -> "Sweep":
         """The sweep with the positions that it need not compute left out: a power of two, so few programs do."""
@@ -54,15 +56,14 @@ class Sweep(eqx.Module):
             axis = index_axis(site, name) or ""
             sizes[name] = n_pos if axis in ("pos", "query") else table.size(axis)
         inner = {name: n for name, n in sizes.items() if name != LAYER}
-        grid = np.array(list(np.ndindex(*inner.values())), int).reshape(math.prod(inner.values()), len(inner))
+        n_cells = math.prod(inner.values())
 
         model, taps = _unwrapped(self.model)
         # one layer at a time, known before it is computed: the unpatched value of the site is that of every cell
         layer = self.edit.index.layer
         at_entry = not site.layered or isinstance(layer, Each) or (isinstance(layer, jax.Array) and layer.ndim == 0)
-        starts = self._starts(grid, tuple(inner), n_pos, at_entry, taps)
-        packed, places = pack(starts, n_pos, self.batch_size)
-        chunks = (packed, jnp.asarray(grid[np.minimum(places, len(grid) - 1)], jnp.int32))
+        packing = pack(self._first(inner, n_pos, at_entry, taps), n_cells, n_pos, self.batch_size)
+        chunks = jnp.arange(packing.n_chunks, dtype=jnp.int32)
 
         enter, run = self._runner(model, taps, at_entry, inputs, output_pos, options)
         if LAYER in sizes:
@@ -70,21 +71,24 @@ class Sweep(eqx.Module):
         else:
             start = jnp.min(layer) if isinstance(layer, jax.Array) else jnp.zeros((), jnp.int32)
             layers = start.astype(jnp.int32)[None]
-        total = len(layers) * len(places)
+        total = len(layers) * len(chunks)
 
         def at_layer(row):
             number, layer = row
             start = enter(layer)
 
-            def chunk(row):
-                place, suffixes, cells = row
-                output = run(start, Cells(self.edit, taps, cells, suffixes, tuple(inner), at_entry), layer)
-                values = jax.vmap(self.metric)(output)
+            def of_chunk(chunk):
+                numbers = packing.cells(chunk)
+                places = _unravelled(jnp.minimum(numbers, n_cells - 1), tuple(inner.values()))
+                places = jnp.stack(places, -1) if places else jnp.zeros((packing.size, 0), jnp.int32)
+                cells = Cells(self.edit, taps, places, packing.suffixes(numbers), tuple(inner), at_entry)
+                values = jax.vmap(self.metric)(run(start, cells, layer))
+                self._check_metric(values)
                 if self.progress is not None:
-                    jax.debug.callback(_Ticks(self.progress, total), number * len(places) + place + 1)
+                    jax.debug.callback(_Ticks(self.progress, total), number * len(chunks) + chunk + 1)
                 return values
 
-            return jax.lax.map(chunk, (jnp.arange(len(places), dtype=jnp.int32), *chunks))
+            return jax.lax.map(of_chunk, chunks)
 
         values = jax.lax.map(at_layer, (jnp.arange(len(layers), dtype=jnp.int32), layers))
         beyond = None
@@ -92,17 +96,32 @@ class Sweep(eqx.Module):
             beyond = out_of_range(layer, table.size(LAYER), negative=False)
 
         def in_order(values):
-            # [layer chunk place …] to the order of the grid, without the places that hold no cell
-            values = values.reshape(len(layers), places.size, *values.shape[3:])
-            values = values[:, np.argsort(places.reshape(-1), kind="stable")[: len(grid)]]
+            # [layer chunk row …] to the order of the cells, without the rows that hold none
+            values = values.reshape(len(layers), len(chunks) * packing.size, *values.shape[3:])
+            values = jnp.take(values, packing.slots(), axis=1)
             values = values.reshape(*((len(layers),) if LAYER in sizes else ()), *inner.values(), *values.shape[2:])
-            return values if beyond is None else jnp.where(beyond, jnp.full_like(values, jnp.nan), values)
+            if beyond is None or not jnp.issubdtype(values.dtype, jnp.inexact):
+                return values
+            return jnp.where(beyond, jnp.full_like(values, jnp.nan), values)
 
         return jax.tree.map(in_order, values)
 
-    def _starts(self, grid: np.ndarray, names: tuple[str, ...], n_pos: int, at_entry: bool, taps: Taps) -> np.ndarray:
-        """The first position that can change, for every cell."""
-        everywhere = np.zeros(len(grid), int)
+    def _check_metric(self, values: Any) -> None:
+        """Raises SiteError for a metric that cannot say that the layer is out of range, where it may be."""
+        for leaf in () if self.known_layer else jax.tree.leaves(values):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise SiteError(
+                    f"sweep of site {self.edit.site!r} in a traced layer: it is NaN where the model lacks that layer, "
+                    f"which a metric of {leaf.dtype} cannot be: let the metric return floats, or give the layer as an "
+                    "int"
+                )
+
+    def _first(self, inner: dict[str, int], n_pos: int, at_entry: bool, taps: Taps) -> Callable:
+        """The first position that can change, as a function of the numbers of cells."""
+
+        def everywhere(cells):
+            return cells * 0
+
         if not self.model.site_table.attention.causal:
             return everywhere
         if not all(edit.pointwise for edits in taps.values() for edit in edits):
@@ -112,12 +131,12 @@ class Sweep(eqx.Module):
             return everywhere
         if not (at_entry or self.edit.pointwise):
             return everywhere
-        if "pos" in names:
-            return grid[:, names.index("pos")]
+        if "pos" in inner:
+            return lambda cells: _unravelled(cells, tuple(inner.values()))[list(inner).index("pos")]
         first = _first_position(self.edit, n_pos)
         if first is None and self.suffix is not None:
             first = max(0, n_pos - self.suffix)
-        return everywhere if first is None else np.full(len(grid), first)
+        return everywhere if first is None else lambda cells: cells * 0 + first
 
     def _runner(self, model, taps: Taps, at_entry: bool, inputs, output_pos, options) -> tuple[Callable, Callable]:
         """What cells that start at a layer have in common, and the outputs of the cells of one chunk."""
@@ -164,6 +183,15 @@ def _unwrapped(model) -> tuple[Any, dict[str, tuple[Edit, ...]]]:
     return model, taps
 
 
+def _unravelled(numbers: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """The place of each cell on every swept axis, the last of which runs fastest."""
+    places = []
+    for n in reversed(sizes):
+        places.append(numbers % n)
+        numbers = numbers // n
+    return places[::-1]
+
+
 def _first_position(edit: Edit, n_pos: int) -> int | None:
     """The first position that an edit's own index names, None where that is not known."""
     pos = edit.index.pos
@@ -195,7 +223,8 @@ def sweep(
       `[batch 1 d_vocab]` of those positions, and nothing else is unembedded.
 
     Raises:
-      SiteError: nothing is marked, or the edit does not fit the model.
+      SiteError: nothing is marked, the edit does not fit the model, or, in the call, a metric of integers in a traced
+        layer.
     """
     edit = check(edit, model.site_table)
     if not edit.each_axes():
@@ -210,4 +239,6 @@ def sweep(
             )
     if batch_size < 1:
         raise SiteError(f"batch_size is the number of cells computed at once, at least 1; got {batch_size}")
-    return Sweep(model, edit, metric, batch_size, progress)
+    return Sweep(
+        model, edit, metric, batch_size, progress, known_layer=not isinstance(edit.index.layer, jax.core.Tracer)
+    )

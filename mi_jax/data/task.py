@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.core.precision import widened
+from mi_jax.core.vocabulary import at_tokens, check_tokens
 
 Measure = Literal["logit-difference", "probability-difference"]
 
@@ -83,9 +84,9 @@ class Task(eqx.Module):
                 raise InputError(
                     f"task {self.name!r}: {kind} has shape {tokens.shape} and its weights have {weight.shape}"
                 )
-            counted = True if weight is None else weight != 0
-            if _readable(tokens) and _readable(weight) and (np.asarray(tokens < 0) & np.asarray(counted)).any():
-                raise InputError(f"task {self.name!r}: a token of its {kind} is below 0, where tokens begin")
+            if _readable(tokens) and (weight is None or _readable(weight)):
+                counted = np.asarray(tokens)[... if weight is None else np.asarray(weight) != 0]
+                check_tokens(f"task {self.name!r}: {kind}", counted)
         if all(_readable(x) for x in (self.mask, self.position)):
             self._check_padding(np.asarray(self.mask), np.asarray(self.position))
 
@@ -187,7 +188,7 @@ class Task(eqx.Module):
         return answer - self._weighed(values, self.distractor, self.distractor_weight, mean=mean)
 
     def _weighed(self, values: Array, tokens: Array, weight: Array | None, *, mean: bool) -> Float[Array, " batch"]:
-        picked = _pick(values, tokens)
+        picked = _pick(values, tokens, weight)
         if weight is not None:
             return (picked * weight.reshape(picked.shape).astype(picked.dtype)).sum(1)
         return picked.mean(1) if mean else picked.sum(1)
@@ -198,13 +199,15 @@ def _readable(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def _pick(values: Array, tokens: Array) -> Float[Array, "batch choice"]:
-    return jnp.take_along_axis(values, tokens.reshape(tokens.shape[0], -1), axis=1)
+def _pick(values: Array, tokens: Array, weight: Array | None) -> Float[Array, "batch choice"]:
+    """Values of tokens, NaN for those that do not exist unless they pad a set."""
+    tokens = tokens if weight is None else jnp.where(weight != 0, tokens, 0)
+    return at_tokens(values, tokens.reshape(tokens.shape[0], -1))
 
 
 def _options(values: Array, tokens: Array, weight: Array | None, *, empty: Any) -> Float[Array, "batch choice"]:
     """Values of a set, `empty` where it is padded."""
-    picked = _pick(values, tokens)
+    picked = _pick(values, tokens, weight)
     if weight is None:
         return picked
     return jnp.where(weight.reshape(picked.shape) != 0, picked, jnp.asarray(empty, picked.dtype))

@@ -3,8 +3,6 @@
 With its scale taken from the run a norm is an affine map, so instead of the parts the direction can go through it.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -45,7 +43,8 @@ def embedding_parts(
             jnp.take_along_axis(x, output_pos[:, None], axis=1) for x in (tokens, types, positions)
         )
     # the token embedding as the model scales it, without the other tables
-    rows = {"embed": embed_tokens(dataclasses.replace(decoder, type_embed=None), tokens, None)}
+    assert decoder.embed is not None
+    rows = {"embed": embed_tokens(decoder.config, decoder.embed, tokens)}
     if decoder.pos_embed is not None:
         rows["position"] = decoder.pos_embed[positions]
     if decoder.type_embed is not None:

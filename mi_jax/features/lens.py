@@ -21,6 +21,7 @@ from mi_jax.core.errors import InputError
 from mi_jax.core.sites import LAYER, SiteError, at
 from mi_jax.core.taps import Tap
 from mi_jax.core.transforms import Captured, Intervened, SiteModel
+from mi_jax.core.vocabulary import at_tokens, check_tokens
 from mi_jax.models.decoder import Decoder
 
 # From the stream `[batch pos d_model]` to logits `[batch pos d_vocab]`.
@@ -102,11 +103,11 @@ class Lens(eqx.Module):
             x, translate = row
             logits = in_float32(head(x if translate is None else translate(x)))
             log_p = jax.nn.log_softmax(logits)
-            chosen = jnp.take_along_axis(logits, choices, axis=-1)
+            chosen = at_tokens(logits, choices)
             rank = jax.lax.map(
-                lambda one: (logits > one[..., None]).sum(-1, dtype=jnp.int32), jnp.moveaxis(chosen, -1, 0)
+                lambda one: (~(logits <= one[..., None])).sum(-1, dtype=jnp.int32), jnp.moveaxis(chosen, -1, 0)
             )
-            log_prob = jnp.take_along_axis(log_p, choices, axis=-1)
+            log_prob = at_tokens(log_p, choices)
             top = logits.argmax(-1).astype(jnp.int32)
             return kl(target, log_p), top, log_prob, jnp.moveaxis(rank, 0, -1), logits if keep_logits else None
 
@@ -198,14 +199,6 @@ def kl(log_p: Float[Array, "*place d_vocab"], log_q: Float[Array, "*place d_voca
 def in_float32(x: Array) -> Array:
     """The array in at least float32; half-precision logits are too coarse for differences and logarithms."""
     return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
-
-
-def check_tokens(name: str, tokens: Array, d_vocab: int) -> None:
-    """Raises InputError for a token outside the vocabulary, where its value is known."""
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= d_vocab:
-            raise InputError(f"{name} holds token {low if low < 0 else high}; the vocabulary is 0–{d_vocab - 1}")
 
 
 def _choices(choices: Array | None, final: Array) -> Int[Array, "batch pos choice"]:

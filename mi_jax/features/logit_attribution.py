@@ -15,13 +15,15 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, SiteError, at
 from mi_jax.core.transforms import SiteModel
+from mi_jax.core.vocabulary import at_tokens, check_tokens
 from mi_jax.features.direct_parts import along, embedding_parts, layer_parts, mlp_bias_needs_run, through
-from mi_jax.features.lens import check_tokens, in_float32, unwrap
+from mi_jax.features.lens import in_float32, unwrap
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.decoder import Decoder
 
@@ -102,8 +104,8 @@ class DirectLogits(eqx.Module):
         tokens: Int[Array, "batch pos"],
         mask: Bool[Array, "batch pos"] | None = None,
         *,
-        answer: Int[Array, "*place"],
-        distractor: Int[Array, "*other_place"] | None = None,
+        answer: Int[ArrayLike, "*place"],
+        distractor: Int[ArrayLike, "*other_place"] | None = None,
         output_pos: Int[Array, " batch"] | None = None,
         token_types: Int[Array, "batch pos"] | None = None,
         taps: Any = None,
@@ -111,7 +113,7 @@ class DirectLogits(eqx.Module):
         """The parts of the logit of `answer`, or of its difference to `distractor`, at every position.
 
         Args:
-          answer, distractor: tokens, a scalar, `[batch]` or `[batch pos]`.
+          answer, distractor: tokens, an int, `[batch]` or `[batch pos]`.
           output_pos: account for these positions only; the axis `pos` of the result then has size 1.
           token_types: as the model takes them.
 
@@ -241,18 +243,20 @@ def _at_positions(name: str, x: Array, pos: Int[Array, " batch"]) -> Array:
 
 
 def _row(
-    decoder: Decoder, name: str, tokens: Array, batch: int, n_pos: int
+    decoder: Decoder, name: str, tokens: ArrayLike, batch: int, n_pos: int
 ) -> tuple[Float[Array, "batch pos d_model"], Float[Array, "batch pos"]]:
     """Unembedding rows of the tokens, and their biases."""
     check_tokens(name, tokens, decoder.config.d_vocab)
     places = _places(name, tokens, (batch, n_pos))
-    # a token outside the vocabulary must not become the last one unseen
+    # a token outside the vocabulary must not become the last one unseen, nor a negative one count from the end
+    places = jnp.where(places < 0, decoder.config.d_vocab, places)
     u = in_float32(decoder.unembedding.at[places].get(mode="fill", fill_value=jnp.nan))
     bias = decoder.unembed_bias
     return u, jnp.zeros(places.shape, u.dtype) if bias is None else in_float32(bias[places])
 
 
-def _places(name: str, tokens: Array, shape: tuple[int, ...]) -> Int[Array, "batch pos"]:
+def _places(name: str, tokens: ArrayLike, shape: tuple[int, ...]) -> Int[Array, "batch pos"]:
+    tokens = jnp.asarray(tokens)
     try:
         return jnp.broadcast_to(tokens[:, None] if tokens.ndim == 1 else tokens, shape)
     except ValueError:
@@ -263,10 +267,10 @@ def _places(name: str, tokens: Array, shape: tuple[int, ...]) -> Int[Array, "bat
 
 
 def _logit(
-    output: Float[Array, "batch pos d_vocab"], tokens: Array, shape: tuple[int, ...]
+    output: Float[Array, "batch pos d_vocab"], tokens: ArrayLike, shape: tuple[int, ...]
 ) -> Float[Array, "batch pos"]:
     places = _places("answer", tokens, shape)
-    return jnp.take_along_axis(in_float32(output), places[:, :, None], axis=-1)[..., 0]
+    return at_tokens(in_float32(output), places[:, :, None])[..., 0]
 
 
 def _edit_parts(

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mi_jax.core.precision import widened
 from mi_jax.models.config import DecoderConfig
 from mi_jax.models.layout import Layout
-from mi_jax.models.norm import Norm, normed, widened
+from mi_jax.models.norm import Norm, normed
 from mi_jax.models.rotary import Rotation, rotate
 
 

@@ -8,7 +8,7 @@ the layers after it. The stream holds the positions that can have changed, those
 the keys and values of all.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,10 +22,8 @@ from mi_jax.core.suffixes import Suffixes
 from mi_jax.core.taps import Tap, stacked_rows
 from mi_jax.models.block import block
 from mi_jax.models.config import DecoderConfig
+from mi_jax.models.layered import Layered
 from mi_jax.models.layout import Prompts
-
-if TYPE_CHECKING:
-    from mi_jax.models.decoder import Decoder
 
 _HEAD = ("final_norm", "logits")
 _AFTER_ATTENTION = ("mlp_out", "resid_post")
@@ -59,7 +57,7 @@ class Entry(eqx.Module):
 
 
 def unpatched(
-    model: "Decoder",
+    model: Layered,
     tokens: Int[Array, "batch pos"] | Float[Array, "batch channel height width"],
     mask: Bool[Array, "batch pos"] | None,
     taps: Taps,
@@ -87,7 +85,7 @@ def _after_layer(config: DecoderConfig) -> str:
     return "resid_post_normalized" if config.norms == "post" else "resid_post"
 
 
-def entry(model: "Decoder", run: Unpatched, site: Site, taps: Taps, layer: Int[Array, ""]) -> Entry | None:
+def entry(model: Layered, run: Unpatched, site: Site, taps: Taps, layer: Int[Array, ""]) -> Entry | None:
     """The unpatched value of a site in one layer, computed anew: to keep it for all layers would cost memory."""
     if site.name in _HEAD:
         return None
@@ -188,7 +186,7 @@ class _CellTap:
     """The tap of one layer in all cells: known values at the entry, edits on rows elsewhere."""
 
     def __init__(
-        self, model: "Decoder", cells: Cells, rows: dict[str, Any], layer: Array, mask: Array, known: dict[str, Array]
+        self, model: Layered, cells: Cells, rows: dict[str, Any], layer: Array, mask: Array, known: dict[str, Array]
     ):
         self._table, self._cells, self._rows = model.site_table, cells, rows
         self._layer, self._mask, self._known = layer, mask, known
@@ -226,7 +224,7 @@ def _on_pairs(site: Site) -> bool:
 
 
 def resume_cells(
-    model: "Decoder",
+    model: Layered,
     run: Unpatched,
     entry: Entry | None,
     cells: Cells,
@@ -280,7 +278,7 @@ def _at(layer: Array, tree):
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), tree)
 
 
-def _head(model: "Decoder", run: Unpatched, cells: Cells, x: Array, output_pos: Array | None) -> Array:
+def _head(model: Layered, run: Unpatched, cells: Cells, x: Array, output_pos: Array | None) -> Array:
     """Logits from the streams of all pairs after the last layer."""
     suffixes, last = cells.suffixes, run.stream[-1]
     taps = {name: edits for name, edits in cells.taps.items() if name in _HEAD}
@@ -293,7 +291,7 @@ def _head(model: "Decoder", run: Unpatched, cells: Cells, x: Array, output_pos: 
 
 
 def _read_head(
-    model: "Decoder", run: Unpatched, cells: Cells, x: Float[Array, "batch cell d_model"], read: Int[Array, " batch"]
+    model: Layered, run: Unpatched, cells: Cells, x: Float[Array, "batch cell d_model"], read: Int[Array, " batch"]
 ) -> Float[Array, "cell batch 1 d_vocab"]:
     """Logits of the position that is read: of the unpatched run where it comes before the suffix."""
     # a position past the end is NaN in the unpatched stream
@@ -303,11 +301,11 @@ def _read_head(
     return jnp.moveaxis(model.head(x, _plain(model, run)), 1, 0)[:, :, None]
 
 
-def _plain(model: "Decoder", run: Unpatched) -> Tap:
+def _plain(model: Layered, run: Unpatched) -> Tap:
     return Tap(model.site_table, {}, (), {}, None, run.mask)
 
 
-def _edited_head(model: "Decoder", run: Unpatched, cells: Cells, output_pos: Array | None) -> Array:
+def _edited_head(model: Layered, run: Unpatched, cells: Cells, output_pos: Array | None) -> Array:
     """The cells of an edit after the last layer: only the head is computed."""
 
     def one(places):

@@ -114,7 +114,8 @@ class Decoder(eqx.Module):
             x = embed_patches(self.patches, c.patches, tokens)
         else:
             _check_prompts(c, tokens, mask)
-            x = embed_tokens(self, tokens, token_types)
+            assert self.embed is not None
+            x = embed_tokens(c, self.embed, tokens, self.type_embed, token_types)
         if token_types is not None and self.type_embed is None:
             raise InputError(f"{c.name} has no token types; leave token_types out")
         if self.pos_embed is not None:

@@ -1,7 +1,5 @@
 """What the stream starts with: embedded tokens, or the patches of an image."""
 
-from typing import TYPE_CHECKING
-
 import equinox as eqx
 import jax
 import jax.core
@@ -11,9 +9,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.models.config import DecoderConfig, PatchConfig
-
-if TYPE_CHECKING:
-    from mi_jax.models.decoder import Decoder
 
 
 class Patches(eqx.Module):
@@ -25,19 +20,22 @@ class Patches(eqx.Module):
 
 
 def embed_tokens(
-    model: "Decoder", tokens: Int[Array, "batch pos"], token_types: Int[Array, "batch pos"] | None
+    config: DecoderConfig,
+    table: Float[Array, "d_vocab d_model"],
+    tokens: Int[Array, "batch pos"],
+    type_table: Float[Array, "type d_model"] | None = None,
+    token_types: Int[Array, "batch pos"] | None = None,
 ) -> Float[Array, "batch pos d_model"]:
-    """Token embeddings, with those of the positions and the token types where the model has them."""
-    assert model.embed is not None
-    check_tokens(model.config, tokens)
-    x = _rows(model.embed, tokens)
-    if model.config.embed_scale != 1.0:
+    """Token embeddings, with those of the token types where the model has them."""
+    check_tokens(config, tokens)
+    x = _rows(table, tokens)
+    if config.embed_scale != 1.0:
         # the factor in the dtype of the stream: the models were trained with it rounded so
-        x = x * jnp.asarray(model.config.embed_scale, x.dtype)
-    if model.type_embed is not None:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if type_table is not None:
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        _check_ids(types, model.config.n_token_types, model.config.name, "token types")
-        x = x + _rows(model.type_embed, types)
+        _check_ids(types, config.n_token_types, config.name, "token types")
+        x = x + _rows(type_table, types)
     return x
 
 

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 from mi_jax.models.attention import Attention
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.mlp import MLP, Experts
-from mi_jax.models.norm import Norm, widened
+from mi_jax.models.norm import Norm
 
 _QKV, _IN, _UNEMBED = "ldnh", "ldf", "vd"
 

@@ -18,6 +18,7 @@ from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, Site, SiteError
 from mi_jax.core.taps import Slots, Tap
 from mi_jax.core.transforms import Captured, Intervened, SiteModel, jit
+from mi_jax.core.values import has_positions
 from mi_jax.models.cache import FillLayout, Kept, StepLayout, empty
 from mi_jax.models.decoder import Decoder
 from mi_jax.models.embedding import check_tokens, known_values
@@ -82,7 +83,10 @@ def generate(
     check_positions(taps, tokens.shape[1])
     stops = _stops(decoder, stop)
     aligned = not stops and _same_places(mask)
-    step_taps = {name: tuple(e for e in edits if _every_token(e, aligned=aligned)) for name, edits in taps.items()}
+    step_taps = {}
+    for name, edits in taps.items():
+        site, n_pos = decoder.site_table.resolve(name)[0], tokens.shape[1]
+        step_taps[name] = tuple(edit for edit in edits if _every_token(edit, site, n_pos, aligned=aligned))
     step_taps = {name: edits for name, edits in step_taps.items() if edits}
     sampling = {
         "temperature": jnp.asarray(temperature, jnp.float32) if temperature else None,
@@ -242,10 +246,11 @@ def _stops(decoder: Decoder, stop: Any) -> tuple[int, ...]:
     return stops
 
 
-def _every_token(edit: Edit, *, aligned: bool) -> bool:
+def _every_token(edit: Edit, site: Site, n_pos: int, *, aligned: bool) -> bool:
     """Whether an edit is made at generated tokens too.
 
     Args:
+      n_pos: of the prompts.
       aligned: the texts have the same length at every step.
     """
     if edit.index.pos is not None:
@@ -255,10 +260,16 @@ def _every_token(edit: Edit, *, aligned: bool) -> bool:
             f"{type(edit).__name__} of site {edit.site!r} has no meaning at a single generated token; give it pos=… to "
             "make it in the prompt, or use an edit with a fixed value, such as a mean over a data set"
         )
-    if edit.captured:
+    if edit.reading.captured:
         raise SiteError(
             f"the captured value for site {edit.site!r} is of a prompt and has none for generated tokens; give it "
             "pos=…, such as pos=range(n) for all n positions of a prompt, or pass an array that is the same everywhere"
+        )
+    if eqx.is_array(edit.value) and has_positions(edit.value, edit.reading, site, n_pos):
+        raise SiteError(
+            f"the value for site {edit.site!r} has shape {edit.value.shape}, so it is of the {n_pos} positions of the "
+            "prompt and not of generated tokens; give it pos=…, such as pos=range(n) for all n positions of a prompt, "
+            f"or name the axes that it has at every token, as in mi.named(value, 'batch {site.axes[-1]}')"
         )
     if isinstance(edit, AblateMeanPerPosition | AblateResample) and not aligned:
         raise SiteError(

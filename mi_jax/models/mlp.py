@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mi_jax.core.precision import widened
 from mi_jax.models.attention import SiteTap
 from mi_jax.models.config import DecoderConfig
-from mi_jax.models.norm import Norm, normed, widened
+from mi_jax.models.norm import Norm, normed
 
 
 def _quick_gelu(x: Array) -> Array:

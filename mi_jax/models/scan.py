@@ -1,7 +1,7 @@
 """The layers of a decoder, one after the other under one scan, with edits and captures."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mi_jax.core.apply import Taps
 from mi_jax.core.taps import Slots, Tap, stacked_rows
 from mi_jax.models.block import block
+from mi_jax.models.layered import Layered
 from mi_jax.models.layout import Layout, Prompts
-
-if TYPE_CHECKING:
-    from mi_jax.models.decoder import Decoder
 
 # from a layer's number and the state to the layout of that layer, and to the state after it
 Enter = Callable[[Int[Array, ""], Any], Layout]
@@ -21,7 +19,7 @@ Leave = Callable[[Any], Any]
 
 
 def scan_layers(
-    model: "Decoder",
+    model: Layered,
     x: Float[Array, "batch pos d_model"],
     mask: Bool[Array, "batch pos"],
     taps: Taps,

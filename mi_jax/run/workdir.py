@@ -22,9 +22,9 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from mi_jax.core.dtypes import SAFETENSORS_DTYPES
 from mi_jax.run import files
 from mi_jax.run.config import config_to_json, differing_fields
-from mi_jax.run.dtypes import SAFETENSORS_DTYPES
 from mi_jax.run.files import WorkdirError
 
 Scalar = bool | int | float | str

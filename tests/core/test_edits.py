@@ -32,13 +32,13 @@ INDICES = [
     ({"pos": 1}, np.s_[:, 1]),
     ({"pos": -2}, np.s_[:, 3]),
     ({"pos": (0, -1)}, np.s_[:, [0, 4]]),
-    ({"pos": jnp.array([1, -1])}, (np.array([0, 1]), np.array([1, 4]))),
+    ({"pos": mi.per_example(jnp.array([1, -1]))}, (np.array([0, 1]), np.array([1, 4]))),
     ({"head": 2}, np.s_[:, :, 2]),
     ({"head": (-1, 0)}, np.s_[:, :, [0, 3]]),
     ({"unit": 5}, np.s_[..., 5]),
     ({"unit": [0, -1]}, np.s_[..., [0, 5]]),
     ({"pos": 3, "head": jnp.int32(1), "unit": np.int64(4)}, np.s_[:, 3, 1, 4]),
-    ({"pos": np.array([0, 2]), "head": -1}, (np.array([0, 1]), np.array([0, 2]), -1)),
+    ({"pos": mi.per_example(np.array([0, 2])), "head": -1}, (np.array([0, 1]), np.array([0, 2]), -1)),
 ]
 
 
@@ -179,7 +179,8 @@ def test_vmap_over_edits_equals_a_loop():
     places = (jnp.array([0, 1, 2]), jnp.array([4, -2, 0]), jnp.array([3, 0, -1]), values)
     mapped = jax.jit(jax.vmap(lambda *place: _logits(edit(*place))))(*places)
     # the same edits as one pytree with a leading axis
-    stacked = eqx.filter_jit(eqx.filter_vmap(_logits))(edit(*places))
+    together = mi.pairs(layer=places[0], pos=places[1], head=places[2])
+    stacked = eqx.filter_jit(eqx.filter_vmap(_logits))(mi.add("attn.z", values, **together))
     for i in range(3):
         one = mi.jit(mi.intervene(tiny(), edit(*(int(p[i]) for p in places[:3]), float(values[i]))))(TOKENS)
         np.testing.assert_allclose(mapped[i], one, atol=TOLERANCE)
@@ -237,7 +238,7 @@ def test_an_edit_that_does_not_fit_the_model_is_named(make, message):
     [
         (lambda: mi.ablate("attn.z", pos=5), r"site 'attn.z' has 5 places on 'pos' \(0–4\); got pos=5"),
         (lambda: mi.ablate("attn.scores", pos=-6), "got pos=-6"),
-        (lambda: mi.ablate("attn.z", pos=np.array([0, 1, 2])), "3 positions for a batch of 2"),
+        (lambda: mi.ablate("attn.z", pos=mi.per_example(np.array([0, 1, 2]))), "3 positions for a batch of 2"),
         (
             lambda: mi.patch("attn.z", np.zeros((4, 5), np.float32)),
             r"has shape \(4, 5\), which does not broadcast against",

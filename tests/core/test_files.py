@@ -19,7 +19,7 @@ def _all():
     basis = jax.random.normal(key, (3, 8, 2))
     return [
         mi.patch("resid_pre", acts, layer=1, pos=(0, -1)),
-        mi.add("attn.z", acts, head=2, pos=jnp.array([3, 1])),
+        mi.add("attn.z", acts, head=2, pos=mi.per_example(jnp.array([3, 1]))),
         mi.scale("mlp_out", 0.5, layer=0),
         mi.noise("embed", 0.1, key=key),
         mi.ablate("attn.z", baseline="mean", layer=2, head=1),

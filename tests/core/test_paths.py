@@ -71,7 +71,7 @@ def test_through_everything_is_plain_patching():
 
 
 def test_through_chosen_components_against_holding_the_others_one_by_one():
-    sender = node("attn.z", layer=0, head=1, pos=jnp.array([1, 3]))
+    sender = node("attn.z", layer=0, head=1, pos=mi.per_example(jnp.array([1, 3])))
     through = (node("attn.z", layer=1, head=3), node("attn.z", layer=(1, 2), head=0), node("mlp_out", layer=1))
     found = mi.jit(path_patch(tiny(), sender, FINAL, through=through))(CLEAN, CORRUPT)
     base = mi.jit(mi.capture(tiny(), "attn.z", "mlp_out"))(CORRUPT)[1]
@@ -84,7 +84,7 @@ def test_through_chosen_components_against_holding_the_others_one_by_one():
         if (layer, head) not in free
     ]
     held += [mi.patch("mlp_out", base, layer=layer) for layer in (0, 2)]
-    edits = [*held, mi.patch("attn.z", acts, layer=0, head=1, pos=jnp.array([1, 3]))]
+    edits = [*held, mi.patch("attn.z", acts, layer=0, head=1, pos=mi.per_example(jnp.array([1, 3])))]
     expected = mi.jit(mi.intervene(tiny(), *edits))(CORRUPT)
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     direct = mi.jit(path_patch(tiny(), sender, FINAL))(CLEAN, CORRUPT)

@@ -32,7 +32,7 @@ def test_sharded_forward_and_capture_equal_one_device(mesh):
 def test_sharded_edits_equal_one_device(mesh):
     model, tokens = tiny(), prompts(3, 4)
     sharded = sharding.shard(model, logical_axes(model), mesh)
-    edit = mi.add("attn.z", jnp.ones(6), layer=1, head=-1, pos=jnp.array([0, 1, 2, -1]))
+    edit = mi.add("attn.z", jnp.ones(6), layer=1, head=-1, pos=mi.per_example(jnp.array([0, 1, 2, -1])))
     expected = mi.jit(mi.intervene(model, edit))(tokens)
     found = mi.jit(mi.intervene(sharded, edit))(sharding.shard(tokens, ("batch", "pos"), mesh))
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)

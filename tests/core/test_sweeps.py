@@ -1,5 +1,8 @@
 """A sweep equals a loop of single edits, whatever is swept, on models that resume and on those that do not."""
 
+import re
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +42,7 @@ def test_layers_and_positions(acts):
 
 
 def test_layers_and_heads_with_fixed_positions(acts):
-    pos = jnp.array([1, 4])
+    pos = mi.per_example(jnp.array([1, 4]))
     values = mi.jit(mi.sweep(tiny(), mi.patch("attn.z", acts, layer=mi.each, head=mi.each, pos=pos), metric))(CORRUPT)
     expected = loop(lambda layer, head: mi.patch("attn.z", acts, layer=layer, head=head, pos=pos), (3, 4))
     np.testing.assert_allclose(values, expected, atol=TOLERANCE)
@@ -149,3 +152,29 @@ def test_a_sweep_needs_an_axis_that_the_site_has():
         mi.sweep(tiny(), mi.ablate("resid_pre", head=mi.each), metric)
     with pytest.raises(mi.SiteError, match="has no site 'nowhere'"):
         mi.sweep(tiny(), mi.ablate("nowhere", layer=mi.each), metric)
+
+
+def test_the_program_does_not_grow_with_the_prompt():
+    """Which positions a cell can change is worked out on the device: as constants it would be a table of pairs."""
+
+    def constant_bytes(n_pos):
+        edit = mi.ablate("attn.z", layer=mi.each, pos=mi.each, head=mi.each)
+        text = eqx.filter_jit(mi.sweep(tiny(), edit, metric)).lower(prompts(0, 2, n_pos)).as_text()
+        return sum(len(found) for found in re.findall(r"dense<([^>]*)>", text))
+
+    assert constant_bytes(12) == constant_bytes(6)
+
+
+def test_a_metric_of_integers_in_a_layer_that_is_not_known_is_refused():
+    def top(logits):
+        return logits[:, -1].argmax(-1)
+
+    def run(layer):
+        return mi.sweep(tiny(), mi.ablate("attn.z", layer=layer, head=mi.each), top)(CORRUPT)
+
+    with pytest.raises(mi.SiteError, match=r"NaN where the model lacks that layer, which a metric of int32 cannot be"):
+        jax.jit(run)(jnp.asarray(9))
+    expected = [
+        mi.intervene(tiny(), mi.ablate("attn.z", layer=1, head=head))(CORRUPT)[:, -1].argmax(-1) for head in (0, 3)
+    ]
+    np.testing.assert_array_equal(run(1)[jnp.array([0, 3])], jnp.stack(expected))

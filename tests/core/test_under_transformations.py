@@ -22,7 +22,7 @@ def _edits(acts, basis, layer=1):
     return (
         mi.patch("attn.z", acts, layer=layer, head=2, pos=-1),
         mi.swap_subspace("resid_pre", basis, acts, layer=layer),
-        mi.scale("mlp_out", 0.5, layer=layer, pos=jnp.arange(8) % 5),
+        mi.scale("mlp_out", 0.5, layer=layer, pos=mi.per_example(jnp.arange(8) % 5)),
     )
 
 

@@ -80,6 +80,6 @@ class EqualNorm(eqx.Module):
         return x + ((along * (norm / length)) @ self.placebo.T).astype(x.dtype)
 
 
-def equal_norm(site: str, bases: tuple[Array, Array], value: Array, layer: Array | None, pos: Array | None) -> Edit:
+def equal_norm(site: str, bases: tuple[Array, Array], value: Array, layer: Array | None, pos: Any) -> Edit:
     """The edit of `EqualNorm`; `bases` are the fitted one and the placebo's."""
     return transform(site, EqualNorm(*bases, value), layer=layer, pos=pos)

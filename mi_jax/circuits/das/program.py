@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from mi_jax.circuits.das.subspace import Boundary, kept_columns, orthonormal, root_gates
 from mi_jax.circuits.das.triples import Triples
 from mi_jax.core.edits import Edit, patch
-from mi_jax.core.index import Index
+from mi_jax.core.index import Index, Places, per_example
 from mi_jax.core.sites import At
 from mi_jax.core.subspaces import SwapSubspace
 from mi_jax.core.transforms import SiteModel, intervene
@@ -60,15 +60,15 @@ class Rotation(eqx.Module):
         return self.basis * jnp.broadcast_to(kept[..., None, :], self.basis.shape)
 
 
-MakeEdit = Callable[[str, Any, Array, Array | None, Array | None], Edit]
+MakeEdit = Callable[[str, Any, Array, Array | None, Array | Places | None], Edit]
 
 
-def swap(site: str, basis: Float[Array, "d_model k"], value: Array, layer: Array | None, pos: Array | None) -> Edit:
+def swap(site: str, basis: Float[Array, "d_model k"], value: Array, layer: Array | None, pos: Any) -> Edit:
     """`h + (value − h) B Bᵀ` with B as it is; `mi.swap_subspace` would make gated columns orthonormal again."""
     return SwapSubspace(site, Index.of(layer=layer, pos=pos), (basis, value))
 
 
-def whole_site(site: str, _: Array, value: Array, layer: Array | None, pos: Array | None) -> Edit:
+def whole_site(site: str, _: Array, value: Array, layer: Array | None, pos: Any) -> Edit:
     """The interchange of all dimensions."""
     return patch(site, value, layer=layer, pos=pos)
 
@@ -105,7 +105,8 @@ def _cells(setup: Setup, n_places: int) -> tuple[Int[Array, " cell"], Int[Array,
 
 def _edit(setup: Setup, make: MakeEdit, operand: Any, values: Array, row: Array, pos: Array) -> Edit:
     layer = None if setup.layers is None else jnp.asarray(setup.layers, jnp.int32)[row]
-    return make(setup.site, operand, values[row], layer, pos if setup.positioned else None)
+    place = None if not setup.positioned else per_example(pos) if pos.ndim else pos
+    return make(setup.site, operand, values[row], layer, place)
 
 
 def _optimiser(setup: Setup, d_model: int) -> optax.GradientTransformation:

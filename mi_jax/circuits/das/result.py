@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from mi_jax.core.edits import Edit
 from mi_jax.core.errors import InputError
+from mi_jax.core.index import per_example
 from mi_jax.core.subspaces import swap_subspace
 from mi_jax.decomposition.evaluation.estimates import generator
 
@@ -100,7 +101,8 @@ class DASResult:
             raise InputError(f"boundless DAS found no dimension at layer={layer}, pos={pos!r}, seed={seed}")
         if isinstance(pos, str) and at is None:
             raise InputError(f"position {pos!r} differs between prompts: pass at=… with one position a prompt")
-        return swap_subspace(self.site, jnp.asarray(basis), values, layer=layer, pos=pos if at is None else at)
+        place = pos if at is None else per_example(at) if np.ndim(at) else at
+        return swap_subspace(self.site, jnp.asarray(basis), values, layer=layer, pos=place)
 
 
 def interval(

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from mi_jax.core.dtypes import SAFETENSORS_DTYPES
 from mi_jax.models.checkpoints.errors import CheckpointError
-from mi_jax.run.dtypes import SAFETENSORS_DTYPES
 
 # no model has complex weights
 DTYPES = {name: dtype for name, dtype in SAFETENSORS_DTYPES.items() if dtype.kind != "c"}

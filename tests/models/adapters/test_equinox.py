@@ -69,7 +69,7 @@ def test_a_map_outside_the_model_and_one_inside_do_not_get_mixed_up():
     mapped = jax.jit(jax.vmap(effect))(layers, places, inputs)
     for layer, pos, x, found in zip(layers, places, inputs, mapped, strict=True):
         np.testing.assert_allclose(found, mi.jit(effect)(layer, pos, x), atol=TOLERANCE)
-    swapped = mi.intervene(model, mi.ablate("resid_post", layer=1, pos=jnp.array([4, 0])))
+    swapped = mi.intervene(model, mi.ablate("resid_post", layer=1, pos=mi.per_example(jnp.array([4, 0]))))
     found = mi.jit(swapped)(X)
     # the read-out sees the last position only: the first example has lost it, the second has not
     np.testing.assert_allclose(found[0], model.module.readout.bias, atol=TOLERANCE)
