@@ -1,17 +1,15 @@
 """Trainings on a stream: resumed after a stop they are equal bit for bit, on more devices up to rounding."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mi_jax as mi
 from mi_jax.core import sharding
 from mi_jax.core.errors import InputError
-from mi_jax.data.activations import Activations, ActivationStream
+from mi_jax.data.activations import ActivationStream
 from mi_jax.decomposition import TrainConfig, architecture
 from mi_jax.decomposition.training import Checkpoints, Training, fit_stream
-from mi_jax.decomposition.training.streaming import with_weight
 from tests.models.tiny import tiny
 
 STEPS, BATCH, WIDTH = 24, 32, 8
@@ -100,15 +98,6 @@ def test_a_run_goes_on_on_eight_devices_to_equal_numbers(model, tokens, whole, t
     for name, curve in curves.items():
         np.testing.assert_allclose(curve["loss"], whole[1][name]["loss"], rtol=1e-5, err_msg=name)
     assert not dictionaries["topk"].w_dec.sharding.is_fully_replicated
-
-
-def test_rows_without_weight_are_replaced_by_others_of_the_batch():
-    values = np.arange(6.0, dtype=np.float32)[:, None]
-    valid, numbers = jnp.array([0, 1, 0, 1, 1, 0], bool), jnp.arange(6)
-    got = np.asarray(with_weight(Activations({"a": jnp.asarray(values)}, valid, numbers, numbers)).values["a"])[:, 0]
-    np.testing.assert_array_equal(got[[1, 3, 4]], [1, 3, 4])
-    assert set(got[[0, 2, 5]]) <= {1, 3, 4}
-    assert len(set(got[[0, 2, 5]])) == 3
 
 
 def test_faults_are_named(model, tokens, tmp_path):

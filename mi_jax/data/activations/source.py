@@ -14,6 +14,7 @@ from mi_jax.core import sharding
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, SiteError, SiteTable
 from mi_jax.core.transforms import SiteModel, capture
+from mi_jax.data.activations.massive import massive_limit, norms
 from mi_jax.data.activations.shuffled import Chunk
 from mi_jax.data.activations.usable import usable_tokens
 from mi_jax.data.activations.window import Activations
@@ -106,9 +107,9 @@ def _forward(
         per_layer = x.reshape(n_rows, x.shape[2] if layered else 1, -1)
         finite &= (jnp.isfinite(per_layer).all((1, 2)).reshape(usable.shape) | ~usable).all(1)
         if outlier_ratio is not None:
-            norms = jnp.linalg.norm(per_layer.astype(jnp.float32), axis=-1)
-            median = jnp.nanmedian(jnp.where(usable.reshape(-1, 1), norms, jnp.nan), axis=0, keepdims=True)
-            valid &= ~(norms > outlier_ratio * median).any(1)
+            limit_of = jax.vmap(lambda sizes: massive_limit(sizes, outlier_ratio, usable.reshape(-1)), in_axes=1)
+            sizes = norms(per_layer)
+            valid &= ~(sizes > limit_of(sizes)[None, :]).any(1)
         values[spec.site] = x.reshape(n_rows, *x.shape[2:])
     length = usable.shape[1]
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), usable.shape[0])

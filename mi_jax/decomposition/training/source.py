@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core import sharding
 
@@ -15,8 +15,11 @@ from mi_jax.core import sharding
 class Source(Protocol):
     """A pytree with the batches of some steps."""
 
-    def batch(self, step: Int[Array, ""]) -> tuple[Array, Array]:
-        """What is read and what is predicted at a step, normalised, both [token, width]."""
+    def batch(self, step: Int[Array, ""]) -> tuple[Array, Array, Array | None]:
+        """What is read and what is predicted at a step, normalised, both [token, width], and which rows have weight.
+
+        The last is boolean; None where all have. Rows without weight hold any finite numbers.
+        """
         ...
 
 
@@ -24,7 +27,7 @@ class InMemory(eqx.Module):
     """One epoch over activations that are held in memory.
 
     Attributes:
-      x: what is read, one row per token.
+      x: what is read, one row per token; of half precision, batches are widened to float32.
       y: what is predicted; None for x.
       order: the epoch's permutation.
       scale_x, scale_y: factors to unit variance per dimension.
@@ -40,11 +43,11 @@ class InMemory(eqx.Module):
     batch_size: int = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True, default=None)
 
-    def batch(self, step: Int[Array, ""]) -> tuple[Array, Array]:
+    def batch(self, step: Int[Array, ""]) -> tuple[Array, Array, None]:
         start = step % (self.x.shape[0] // self.batch_size) * self.batch_size
         rows = jax.lax.dynamic_slice_in_dim(self.order, start, self.batch_size)
-        x = self._placed(self.x[rows] * self.scale_x)
-        return x, x if self.y is None else self._placed(self.y[rows] * self.scale_y)
+        x = self._placed(wide(self.x[rows]) * self.scale_x)
+        return x, x if self.y is None else self._placed(wide(self.y[rows]) * self.scale_y), None
 
     def _placed(self, x: Array) -> Array:
         if self.mesh is None:
@@ -57,8 +60,29 @@ def batch_sharding(x: Array, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, sharding.spec(("batch", "d_model"), x.shape, mesh))
 
 
+def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The same numbers in float32, or in what they have if that is more."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 @jax.jit
-def normalisation(x: Float[Array, "n width"]) -> tuple[Float[Array, " width"], Float[Array, ""]]:
-    """The mean, and the factor that makes the variance per dimension 1."""
-    mean = x.mean(0)
-    return mean, jax.lax.rsqrt(jnp.mean((x - mean[None, :]) ** 2))
+def normalisation(
+    x: Float[Array, "n width"], valid: Bool[Array, " n"] | None = None
+) -> tuple[Float[Array, " width"], Float[Array, ""]]:
+    """The mean over the valid rows, and the factor that makes their variance per dimension 1."""
+    x = wide(x)
+    if valid is None:
+        mean = x.mean(0)
+        return mean, jax.lax.rsqrt(jnp.mean((x - mean[None, :]) ** 2))
+    rows, weight = jnp.maximum(valid.sum(dtype=x.dtype), 1.0), valid[:, None]
+    mean = jnp.where(weight, x, 0.0).sum(0) / rows
+    return mean, jax.lax.rsqrt((jnp.where(weight, x - mean[None, :], 0.0) ** 2).sum() / (rows * x.shape[1]))
+
+
+def filled(x: Float[Array, "n width"], valid: Bool[Array, " n"]) -> Float[Array, "n width"]:
+    """The rows, with the mean of the valid ones in place of the others.
+
+    These have no weight, but an outlier among them would take up the places of codes.
+    """
+    rows, weight = jnp.maximum(valid.sum(dtype=x.dtype), 1.0), valid[:, None]
+    return jnp.where(weight, x, (jnp.where(weight, x, 0.0).sum(0) / rows)[None, :])

@@ -24,8 +24,8 @@ from mi_jax.decomposition.dictionary import Dictionary, logical_axes
 from mi_jax.decomposition.training.checkpoints import Checkpoints
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.fit import finished, start_from, train_steps
-from mi_jax.decomposition.training.source import normalisation
-from mi_jax.decomposition.training.state import TrainState
+from mi_jax.decomposition.training.source import filled, normalisation
+from mi_jax.decomposition.training.state import TrainState, checked_knobs
 
 Curves = dict[str, np.ndarray]
 # batches over which mean and scale of the activations are estimated
@@ -66,7 +66,7 @@ class Run(eqx.Module):
 
 
 class Streamed(eqx.Module):
-    """The batches of a window, normalised; a row without weight is replaced by another row of its batch.
+    """The batches of a window, normalised.
 
     Attributes:
       window: a filled buffer.
@@ -80,20 +80,12 @@ class Streamed(eqx.Module):
     reads: tuple[str, ...] = eqx.field(static=True)
     writes: tuple[str, ...] | None = eqx.field(static=True)
 
-    def batch(self, step: Int[Array, ""]) -> tuple[Array, Array]:
-        rows = with_weight(self.window(step))
-        x = columns(rows, self.reads) * self.scale_x
-        return x, x if self.writes is None else columns(rows, self.writes) * self.scale_y
-
-
-def with_weight(batch: Activations) -> Activations:
-    """The batch with its invalid rows replaced by its valid ones, in turn."""
-    order = jnp.argsort(~batch.valid, stable=True)
-    n_valid = jnp.maximum(batch.valid.sum(dtype=jnp.int32), 1)
-    places = jnp.arange(len(batch), dtype=jnp.int32)
-    turn = (jnp.cumsum(~batch.valid, dtype=jnp.int32) - 1) % n_valid
-    source = jnp.where(batch.valid, places, order[turn].astype(jnp.int32))
-    return jax.tree.map(lambda x: x[source], batch)
+    def batch(self, step: Int[Array, ""]) -> tuple[Array, Array, Array]:
+        rows = self.window(step)
+        x = filled(columns(rows, self.reads), rows.valid) * self.scale_x
+        if self.writes is None:
+            return x, x, rows.valid
+        return x, filled(columns(rows, self.writes), rows.valid) * self.scale_y, rows.valid
 
 
 def columns(batch: Activations, sites: Sequence[str]) -> Float[Array, "row width"]:
@@ -132,6 +124,7 @@ def fit_stream(
         not fit, or a checkpoint of another run.
     """
     _check(stream, trainings)
+    knobs = {name: checked_knobs(t.knobs, t.config, t.objective, t.train) for name, t in trainings.items()}
     first = next(iter(trainings.values())).train
     curves: dict[str, Curves] = {name: {} for name in trainings}
     step = 0
@@ -150,6 +143,7 @@ def fit_stream(
                     run.state,
                     source,
                     jnp.asarray(ends - step, jnp.int32),
+                    knobs=knobs[name],
                     objective=training.objective,
                     train=training.train,
                     frozen_decoder=training.frozen_decoder,
@@ -158,13 +152,15 @@ def fit_stream(
                 _extend(curves[name], measured, ends - step)
             if progress is not None:
                 name = next(iter(trainings))
-                progress(ends, {key: float(c[step:ends].mean()) for key, c in curves[name].items()})
+                # the last step of an epoch has fewer rows than the others
+                rows = curves[name]["rows"][step:ends] + 1e-9
+                progress(ends, {key: float(np.average(c[step:ends], weights=rows)) for key, c in curves[name].items()})
             step = ends
             if checkpoints is not None and (step % checkpoint_every == 0 or step == first.steps):
                 checkpoints.save(step, runs, curves)
     done = {
-        name: finished(runs[name].state, runs[name].scale_x, runs[name].scale_y if training.writes else None)
-        for name, training in trainings.items()
+        name: finished(run.state, knobs[name], run.scale_x, run.scale_y if trainings[name].writes else None)
+        for name, run in runs.items()
     }
     return done, curves
 
@@ -190,13 +186,14 @@ def _start(opening: Activations, training: Training, mesh: Mesh | None) -> Run:
 def _opened(
     opening: Activations, reads: tuple[str, ...], writes: tuple[str, ...] | None
 ) -> tuple[Array, Array, Array, Array]:
-    """The first batch, normalised, and the scales of the first batches."""
+    """As many valid rows as make a batch, normalised, and the scales of the first batches."""
     batch_size = opening.valid.shape[1]
-    rows = with_weight(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), opening))
-    x = columns(rows, reads)
-    y = x if writes is None else columns(rows, writes)
-    scale_x, scale_y = normalisation(x)[1], normalisation(y)[1]
-    return x[:batch_size] * scale_x, y[:batch_size] * scale_y, scale_x, scale_y
+    rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), opening)
+    x = filled(columns(rows, reads), rows.valid)
+    y = x if writes is None else filled(columns(rows, writes), rows.valid)
+    scale_x, scale_y = normalisation(x, rows.valid)[1], normalisation(y, rows.valid)[1]
+    first = jnp.argsort(~rows.valid, stable=True)[:batch_size]
+    return x[first] * scale_x, y[first] * scale_y, scale_x, scale_y
 
 
 def _run(x: Array, y: Array, scale_x: Array, scale_y: Array, training: Training) -> Run:
