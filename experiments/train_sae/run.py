@@ -54,7 +54,7 @@ def run_training(config: TrainSAEConfig, workdir: str, *, console: Console | Non
     config.dictionary(config.d_sae, config.d_sae)
     subject.model.site_table.normalise(subject.sites)
     _ = subject.text
-    folder = Workdir.open(workdir, config, experiment="train_sae")
+    folder = Workdir.open(workdir, config, experiment="train_sae", tensorboard=config.tensorboard)
     stages = [
         Stage("train", "training", functools.partial(train, subject, folder), 420),
         Stage("evaluate", "scoring", functools.partial(score, subject, folder), 90),
