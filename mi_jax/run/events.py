@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ class EventFiles:
             self._folder.mkdir(parents=True, exist_ok=True)
             # two runs of one second write two files
             self._writer = self._open(os.fspath(self._folder / "events"), filename_suffix=f".{os.getpid()}")
+            weakref.finalize(self, self._writer.close)
             self._write(step, session_log=self._session_start)
         for name, value in numbers.items():
             if math.isfinite(value):

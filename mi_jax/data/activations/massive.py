@@ -6,13 +6,15 @@ Source: Sun et al. 2024, "Massive Activations in Large Language Models".
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mi_jax.core.precision import widened
+
 # a token is massive whose norm is over this many times the median
 RATIO = 10.0
 
 
 def norms(x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch"]:
     """Norms in float32, or in more where the activations have it."""
-    return jnp.linalg.norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=-1)
+    return jnp.linalg.norm(widened(x), axis=-1)
 
 
 def massive_limit(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mi_jax.core import sharding
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.cross_layer import CrossLayerTranscoder
 from mi_jax.decomposition.cross_layer_config import CrossLayerConfig, check_cross_layer, init_cross_layer
@@ -19,7 +20,7 @@ from mi_jax.decomposition.massive import massive
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.fit import History, Report, history_of, run_steps
 from mi_jax.decomposition.training.gradients import gradients
-from mi_jax.decomposition.training.source import normalisation, wide
+from mi_jax.decomposition.training.source import normalisation
 from mi_jax.decomposition.training.state import TrainState, checked_knobs, init_state
 from mi_jax.decomposition.training.step import descended, scheduled
 
@@ -49,7 +50,7 @@ class LayersInMemory(eqx.Module):
         return self._placed(self.x[rows], self.scale_x), self._placed(self.y[rows], self.scale_y)
 
     def _placed(self, x: Array, scale: Array) -> Array:
-        x = wide(x) * scale[None, :, None]
+        x = widened(x) * scale[None, :, None]
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, _batches(x, self.mesh))
 
 

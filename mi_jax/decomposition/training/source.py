@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core import sharding
+from mi_jax.core.precision import widened
 
 
 @runtime_checkable
@@ -46,8 +47,8 @@ class InMemory(eqx.Module):
     def batch(self, step: Int[Array, ""]) -> tuple[Array, Array, None]:
         start = step % (self.x.shape[0] // self.batch_size) * self.batch_size
         rows = jax.lax.dynamic_slice_in_dim(self.order, start, self.batch_size)
-        x = self._placed(wide(self.x[rows]) * self.scale_x)
-        return x, x if self.y is None else self._placed(wide(self.y[rows]) * self.scale_y), None
+        x = self._placed(widened(self.x[rows]) * self.scale_x)
+        return x, x if self.y is None else self._placed(widened(self.y[rows]) * self.scale_y), None
 
     def _placed(self, x: Array) -> Array:
         if self.mesh is None:
@@ -60,17 +61,12 @@ def batch_sharding(x: Array, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, sharding.spec(("batch", "d_model"), x.shape, mesh))
 
 
-def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The same numbers in float32, or in what they have if that is more."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 @jax.jit
 def normalisation(
     x: Float[Array, "n width"], valid: Bool[Array, " n"] | None = None
 ) -> tuple[Float[Array, " width"], Float[Array, ""]]:
     """The mean over the valid rows, and the factor that makes their variance per dimension 1."""
-    x = wide(x)
+    x = widened(x)
     if valid is None:
         mean = x.mean(0)
         return mean, jax.lax.rsqrt(jnp.mean((x - mean[None, :]) ** 2))
