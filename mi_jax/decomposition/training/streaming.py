@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from mi_jax.core import sharding
 from mi_jax.core.errors import InputError
-from mi_jax.core.sites import At, at, canonical
+from mi_jax.core.sites import At, at
 from mi_jax.data.activations import Activations, Shuffled, Window
 from mi_jax.decomposition.config import DictionaryConfig, Objective
 from mi_jax.decomposition.dictionary import Dictionary, logical_axes
@@ -204,7 +204,11 @@ def _identity(stream: Shuffled, trainings: Mapping[str, Training], knobs: Mappin
     """All that the numbers of these trainings depend on, as JSON."""
 
     def of(name: str, training: Training) -> dict[str, Any]:
-        fields = config_to_json(dataclasses.replace(training, knobs=None))
+        sites = {
+            side: None if given is None else tuple(_spec(site) for site in given)
+            for side, given in (("reads", training.reads), ("writes", training.writes))
+        }
+        fields = config_to_json(dataclasses.replace(training, knobs=None, **sites))
         fields["train"] = {name: value for name, value in fields["train"].items() if name not in WITHOUT_EFFECT}
         own = knobs[name]
         if training.knobs is not None:
@@ -292,10 +296,10 @@ def _check(
 
 def _part(stream: Shuffled, wanted: str | At, name: str) -> Part:
     """Where a site, at some layers or at all, is in a row of the stream."""
-    spec, held = at(wanted) if isinstance(wanted, str) else wanted, stream.source.layers()
-    site = spec.site if spec.site in held else canonical(spec.site)
+    spec, held = _spec(wanted), stream.source.layers()
+    site = spec.site
     if site not in held:
-        raise InputError(f"training {name!r} wants site {spec.site!r}; the stream has {', '.join(held)}")
+        raise InputError(f"training {name!r} wants site {site!r}; the stream has {', '.join(held)}")
     if spec.layers is None:
         return site, None
     layers = (spec.layers,) if isinstance(spec.layers, int) else spec.layers
@@ -309,6 +313,10 @@ def _part(stream: Shuffled, wanted: str | At, name: str) -> Part:
             f"the stream has {there} of it"
         )
     return site, tuple(has.index(layer) for layer in layers)
+
+
+def _spec(wanted: str | At) -> At:
+    return at(wanted) if isinstance(wanted, str) else wanted
 
 
 def _width(stream: Shuffled, part: Part) -> int:
