@@ -28,7 +28,7 @@ class EventFiles:
         try:
             # not its SummaryWriter, whose thread may not have written yet when the program ends or is killed
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
             from tensorboardX.summary import scalar
         except ImportError as error:
             raise InputError(

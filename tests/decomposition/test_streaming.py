@@ -166,7 +166,7 @@ OTHERS = {
     "k": ({"config": {"k": 4}}, {}, "trainings.topk.config.k: 3 in the folder, 4 asked for"),
     "rate": ({"train": {"learning_rate": 0.5}}, {}, "trainings.topk.train.learning_rate: 0.01 in the folder, 0.5"),
     "fewer steps": ({"train": {"steps": 12}}, {}, "trainings.topk.train.steps: 24 in the folder, 12 asked for"),
-    "more steps": ({"train": {"steps": 48}}, {}, "steps: 24 in the folder, 48.*another number is another training"),
+    "more steps": ({"train": {"steps": 48}}, {}, "trainings.topk.train.steps: 24 in the folder, 48 asked for"),
     "knobs": ({"knobs": _knobs(k=jnp.int32(2))}, {}, "trainings.topk.knobs"),
     "site": ({"reads": ("mlp_out",)}, {}, "trainings.topk.reads"),
     "decoder": ({"frozen_decoder": True}, {}, "trainings.topk.frozen_decoder: False"),

@@ -83,7 +83,7 @@ class ModelSource:
         return {
             "model": self.model.site_table.model,
             "config": {field.name: repr(getattr(config, field.name)) for field in fields},
-            "weights": fingerprint(eqx.filter(self.model, eqx.is_array)),
+            "weights": fingerprint(self.model),
             "sites": {spec.site: list(n) if isinstance(n := spec.layers, tuple) else n for spec in self.sites},
             "tokens": _digest(self.tokens),
             "mask": None if self.mask is None else _digest(self.mask),

@@ -109,8 +109,7 @@ def end_to_end_step(
         dictionary.choose(clean.x, clean.valid),
         bounded=bounded(dictionary),
         frozen_decoder=frozen_decoder,
-        dead=dead,
-        objective=objective.codes,
+        dead=(dead, objective.codes),
     )
     assert isinstance(parts, EndToEndLosses)
     sparsity = coefficients.sparsity

@@ -20,8 +20,7 @@ def gradients(
     *,
     bounded: bool,
     frozen_decoder: bool = False,
-    dead: Bool[Array, " d_sae"] | None = None,
-    objective: Objective | None = None,
+    dead: tuple[Bool[Array, " d_sae"], Objective] | None = None,
     weight: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Losses, Any, Bool[Array, ""]]:
     """The loss, its parts, its gradient, and whether the codes had places enough.
@@ -34,8 +33,8 @@ def gradients(
       bounded: whether the places may be too few; `chosen.fits` then decides, and a batch that needs more is computed
         densely, to the same numbers.
       frozen_decoder: the decoder has no gradient.
-      dead: latents that count as dead.
-      objective: says whether the loss has a term for them, and how many take part.
+      dead: latents that count as dead, and the objective that says whether the loss has a term for them and how many
+        take part; None where `loss_of` sees to them itself.
       weight: factor of the gradient.
     """
     mask = trainable(dictionary, frozen_decoder)
@@ -49,21 +48,23 @@ def gradients(
         (_, found), grads = jax.value_and_grad(weighted, has_aux=True)(params, places, None)
         return found, grads
 
-    def with_dead(params, places):
+    def with_dead(params, places, latents, objective):
         # dead latents are few: their gradient is added to the rows that they are, not as arrays of the whole size
-        few, few_fixed = eqx.partition(dead_latents(dictionary, dead, objective), mask)
+        few, few_fixed = eqx.partition(dead_latents(dictionary, latents, objective), mask)
 
         def of(both):
             return weighted(both[0], places, eqx.combine(both[1], few_fixed))
 
         (_, found), (grads, some) = jax.value_and_grad(of, has_aux=True)((params, few))
-        return found, add_at(grads, some, dead, objective)
+        return found, add_at(grads, some, latents, objective)
 
     def at(places):
-        if dead is None or objective is None or not reads_dead(objective):
+        if dead is None or not reads_dead(dead[1]):
             return lambda p: plain(p, places)
         # most steps have no dead latent, and then a program without the term
-        return lambda p: jax.lax.cond(dead.any(), lambda q: with_dead(q, places), lambda q: plain(q, places), p)
+        latents, objective = dead
+        few, none = (lambda p: with_dead(p, places, latents, objective)), (lambda p: plain(p, places))
+        return lambda p: jax.lax.cond(latents.any(), few, none, p)
 
     if chosen is None or not bounded:
         (total, parts), grads = at(chosen)(params)

@@ -64,8 +64,7 @@ def update(
         dictionary.choose(x, valid),
         bounded=bounded(dictionary),
         frozen_decoder=frozen_decoder,
-        dead=dead,
-        objective=objective,
+        dead=(dead, objective),
         weight=None if valid is None else valid.mean(dtype=x.dtype),
     )
     sparsity = coefficients.sparsity
