@@ -29,7 +29,7 @@ def numbers(dtype, width=D, seed=0):
 
 def same(half, single):
     for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(single), strict=True):
-        assert a.dtype == b.dtype
+        assert np.asarray(a).dtype == np.asarray(b).dtype
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
