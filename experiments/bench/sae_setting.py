@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mi_jax.decomposition import DictionaryConfig, Objective, TrainConfig, TrainState, architecture, init, train_step
 from mi_jax.decomposition.objective import Coefficients, loss
-from mi_jax.decomposition.training import InMemory, init_state, train_steps
+from mi_jax.decomposition.training import InMemory, default_knobs, init_state, train_steps
 from mi_jax.decomposition.training.state import trainable
 
 
@@ -158,10 +158,13 @@ class Trainings:
             init_state(init(config, key=jax.random.fold_in(key, 1 + i)), config, self.objective, self.train)
             for i in range(n)
         )
-        self.state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if together else states
+        knobs = (default_knobs(config, self.objective, self.train),) * n
+        self.state, self.knobs = (
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if together else trees for trees in (states, knobs)
+        )
 
     def call(self) -> dict[str, Array]:
         """Some steps more; returns their metrics."""
-        how = {"objective": self.objective, "train": self.train, "together": self.together}
+        how = {"knobs": self.knobs, "objective": self.objective, "train": self.train, "together": self.together}
         self.state, metrics = train_steps(self.state, self.source, jnp.int32(self.STEPS), **how)
         return metrics

@@ -41,7 +41,9 @@ def main(folder: str, seed: int) -> None:
         print(step, flush=True)
 
     checkpoints = Checkpoints(Path(folder) / "checkpoints")
-    dictionaries, curves = fit_stream(stream, trainings, checkpoints=checkpoints, checkpoint_every=EVERY, progress=tell)
+    dictionaries, curves = fit_stream(
+        stream, trainings, checkpoints=checkpoints, checkpoint_every=EVERY, progress=tell, say=lambda _: None
+    )
     arrays: dict[str, Any] = {
         f"{name}.{metric}": curve for name, held in curves.items() for metric, curve in held.items()
     }

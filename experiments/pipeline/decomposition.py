@@ -18,6 +18,7 @@ from mi_jax.decomposition import Dictionary, TrainConfig, architecture, fit
 from mi_jax.decomposition.activations import TopK
 from mi_jax.decomposition.baselines import fit_pca, fit_random_decoder
 from mi_jax.decomposition.evaluation import DENSITY_EDGES, Estimate, Evaluation, cross_entropy_recovered, evaluate
+from mi_jax.decomposition.massive import massive_limit, norms
 from mi_jax.features import encode_contexts, next_token_nll
 from mi_jax.run import Progress
 
@@ -74,7 +75,7 @@ def decomposition(subject: Subject, config: PipelineConfig, progress: Progress) 
     """Trains the dictionary and its frozen-decoder null, fits PCA, and splices all of them into the model."""
     streams = capture_streams(subject, config, lambda f: progress(0.3 * f, "reading text"))
     # no dictionary sees the massive tokens: position 0, and whatever has over ten times the median norm
-    limit = float(10 * np.median(np.linalg.norm(streams.train, axis=-1)))
+    limit = float(massive_limit(norms(jnp.asarray(streams.train))))
     kept, held_kept = (_ordinary(stream, limit) for stream in (streams.train, streams.held_out))
     train, held_out = jnp.asarray(streams.train[kept]), jnp.asarray(streams.held_out[held_kept])
     blocks = np.broadcast_to(np.arange(len(held_kept))[:, None], held_kept.shape)[held_kept]

@@ -32,6 +32,7 @@ class TrainSAEConfig:
       optimiser: adam, signum or muon.
       checkpoint_every: steps between checkpoints.
       data, fsdp, model_axis: devices along each axis of the mesh.
+      tensorboard: write event files for TensorBoard beside metrics.jsonl.
       save_format: of the trained dictionary; see mi_jax/decomposition/formats/FORMATS.md.
     """
 
@@ -60,6 +61,7 @@ class TrainSAEConfig:
     data: int = 1
     fsdp: int = 1
     model_axis: int = 1
+    tensorboard: bool = False
     save_format: str = "sae_lens"
 
     def resolved(self) -> "TrainSAEConfig":
@@ -92,7 +94,6 @@ class TrainSAEConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            warmup_steps=min(50, self.steps),
             optimiser=self.optimiser,  # type: ignore[arg-type]
             dead_after=max(1, min(40, self.steps // 4)),
             control=0.0 if self.counted else 0.02,

@@ -5,6 +5,7 @@ import functools
 import math
 import shutil
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from mi_jax.decomposition import (
     evaluate_spliced,
     fit_stream,
     load,
+    massive,
     save,
 )
 from mi_jax.report import terminal_table
@@ -52,7 +54,7 @@ def run_training(config: TrainSAEConfig, workdir: str, *, console: Console | Non
     config.dictionary(config.d_sae, config.d_sae)
     subject.model.site_table.normalise(subject.sites)
     _ = subject.text
-    folder = Workdir.open(workdir, config, experiment="train_sae")
+    folder = Workdir.open(workdir, config, experiment="train_sae", tensorboard=config.tensorboard)
     stages = [
         Stage("train", "training", functools.partial(train, subject, folder), 420),
         Stage("evaluate", "scoring", functools.partial(score, subject, folder), 90),
@@ -93,8 +95,13 @@ def train(subject: Subject, folder: Workdir, progress: Progress) -> dict[str, An
     return {
         "tokens": config.steps * config.batch_size,
         "epochs": config.steps / stream.steps_per_epoch,
-        "last_fvu": float(curves["dictionary"]["fvu"][-20:].mean()),
+        "last_fvu": _last(curves["dictionary"], "fvu", 20),
     }
+
+
+def _last(curves: Mapping[str, np.ndarray], metric: str, steps: int) -> float:
+    """Mean of a metric over the rows of the last steps; the last step of an epoch has fewer than the others."""
+    return float(np.average(curves[metric][-steps:], weights=curves["rows"][-steps:]))
 
 
 def trainings_of(subject: Subject, stream: Shuffled) -> dict[str, Training]:
@@ -121,8 +128,7 @@ def score(subject: Subject, folder: Workdir, progress: Progress) -> dict[str, An
     tokens, acts = subject.held_out()
     site = config.target_site or config.site
     read, written = (np.asarray(acts[name]) for name in (config.site, site))
-    norms = np.linalg.norm(read, axis=-1)
-    where = (np.arange(tokens.shape[1]) > 0)[None, :] & (norms <= 10 * np.median(norms))
+    where = (np.arange(tokens.shape[1]) > 0)[None, :] & ~np.asarray(massive(jnp.asarray(read)))
     where &= ~np.isin(tokens, subject.tokenizer.special_ids)
     blocks = np.broadcast_to(np.arange(len(tokens))[:, None], where.shape)[where]
     x, y = jnp.asarray(read[where]), jnp.asarray(written[where])

@@ -9,7 +9,7 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.decomposition.activations import Activation, BatchTopK, Chosen, JumpReLU, TopK
@@ -116,9 +116,12 @@ class Dictionary(eqx.Module):
             out = out + rows @ self.w_skip
         return undo(out).reshape(*x.shape[:-1], self.d_out)
 
-    def choose(self, rows: Float[Array, "token d_in"]) -> Chosen | None:
-        """Where a training batch has codes, without gradient; None where codes are dense."""
-        return self.activation.choose(rows - self.centre[None, :], self.encoder, self.b_enc)
+    def choose(self, rows: Float[Array, "token d_in"], valid: Bool[Array, " token"] | None = None) -> Chosen | None:
+        """Where a training batch has codes, without gradient; None where codes are dense.
+
+        `valid` says which rows have weight, for activations that choose over the batch; None for all.
+        """
+        return self.activation.choose(rows - self.centre[None, :], self.encoder, self.b_enc, valid)
 
     def decoder_norms(self) -> Float[Array, " d_sae"]:
         """‖w_dec[j]‖, summed over the sites of a crosscoder: the weight of a latent's code in a sparsity penalty."""

@@ -3,14 +3,16 @@
 Every term is a function of codes at their places, so the same equations serve dense codes and sparse ones.
 """
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.decomposition.activations import Activation, Chosen, Gated, JumpReLU, Switch
+from mi_jax.decomposition.activations import Activation, BatchTopK, Chosen, Gated, JumpReLU, Switch
 from mi_jax.decomposition.activations.base import at_places, everywhere
-from mi_jax.decomposition.codes import Placed, Where, decode, fired
+from mi_jax.decomposition.codes import Pairs, Placed, Where, decode, fired
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.nested import by_prefix, by_size
@@ -29,7 +31,7 @@ class Coefficients(eqx.Module):
 
 
 class Losses(eqx.Module):
-    """The parts of a loss and what the training state needs of the batch.
+    """The parts of a loss and what the training state needs of the batch; means are over the rows that are valid.
 
     Attributes:
       reconstruction: the reconstruction term.
@@ -63,6 +65,11 @@ class Codes(eqx.Module):
         """Codes times dictionary."""
         return self.values @ w_dec if self.where is None else decode(self.values, self.where, w_dec)
 
+    def of(self, valid: Bool[Array, " token"]) -> "Codes":
+        """The same without the codes of tokens that are not valid."""
+        real = valid[self.where.tokens] if isinstance(self.where, Pairs) else valid[:, None]
+        return Codes(jnp.where(real, self.values, 0.0), jnp.where(real, self.h, -jnp.inf), self.where)
+
     def fired(self, d_sae: int) -> Int[Array, " d_sae"]:
         """On how many tokens each latent has a code."""
         if self.where is None:
@@ -70,8 +77,16 @@ class Codes(eqx.Module):
         return fired(self.values, self.where, d_sae)
 
 
-def encode(dictionary: Dictionary, x: Float[Array, "token d_in"], chosen: Chosen | None) -> Codes:
+def encode(
+    dictionary: Dictionary,
+    x: Float[Array, "token d_in"],
+    chosen: Chosen | None,
+    valid: Bool[Array, " token"] | None = None,
+) -> Codes:
     """A training batch's codes: at the chosen places, or dense."""
+    if chosen is None and valid is not None and isinstance(dictionary.activation, BatchTopK):
+        # which codes a batch has depends on which of its rows are valid
+        chosen = dictionary.choose(x, valid)
     if chosen is not None:
         values, h = dictionary.activation.codes(chosen, x, dictionary.centre, dictionary.encoder, dictionary.b_enc)
         return Codes(values, h, chosen.where)
@@ -91,6 +106,7 @@ def loss(
     coefficients: Coefficients,
     chosen: Chosen | None = None,
     few: Dictionary | None = None,
+    valid: Bool[Array, " token"] | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
     """reconstruction + λ · penalty + α · auxiliary, over a batch of activations x and targets y.
 
@@ -101,12 +117,13 @@ def loss(
       dead: latents that count as dead.
       objective: which terms.
       coefficients: their traced numbers.
-      chosen: `dictionary.choose(x)`; None computes dense codes.
+      chosen: `dictionary.choose(x, valid)`; None computes dense codes.
       few: `dead_latents(dictionary, dead, objective)`, where its gradient is wanted apart from the dictionary's.
+      valid: rows that have weight; None for all.
     """
     if few is None and reads_dead(objective):
         few = dead_latents(dictionary, dead, objective)
-    parts, _ = terms(dictionary, x, y, dead, objective, coefficients, chosen, few)
+    parts, _ = terms(dictionary, x, y, dead, objective, coefficients, chosen, few, valid)
     total = parts.reconstruction + coefficients.sparsity * parts.penalty + objective.aux_coefficient * parts.auxiliary
     return total, jax.lax.stop_gradient(parts)
 
@@ -120,34 +137,48 @@ def terms(
     coefficients: Coefficients,
     chosen: Chosen | None,
     few: Dictionary | None,
+    valid: Bool[Array, " token"] | None = None,
 ) -> tuple[Losses, Float[Array, "token d_out"]]:
     """The parts of `loss` with their gradients, and y − ŷ (without gradient where the loss is `hierarchical`)."""
-    codes = encode(dictionary, x, chosen)
+    codes = encode(dictionary, x, chosen, valid)
     target = y - dictionary.b_dec[None, :]
     if dictionary.w_skip is not None:
         target = target - x @ dictionary.w_skip
-    reconstruction, error = _reconstruction(dictionary, codes, target, objective)
-    n_tokens = x.shape[0]
+    reconstruction, error = _reconstruction(dictionary, codes, target, objective, valid)
     norms = dictionary.decoder_norms()
-    penalty = sparsity_penalty(dictionary.activation, codes, norms, objective, coefficients, n_tokens)
-    auxiliary = _auxiliary(dictionary, few, codes, x, target, error, dead, objective)
-    positive = jnp.where(codes.values > 0, codes.values, jnp.inf)
-    squared = (error * error).sum() / n_tokens
-    parts = Losses(reconstruction, squared, penalty, auxiliary, codes.fired(dictionary.d_sae), positive.min())
+    auxiliary = _auxiliary(dictionary, few, codes, x, target, error, dead, objective, valid)
+    if valid is None:
+        counted, n_tokens = codes, x.shape[0]
+    else:
+        counted, n_tokens = codes.of(valid), jnp.maximum(valid.sum(dtype=x.dtype), 1.0)
+    penalty = sparsity_penalty(dictionary.activation, counted, norms, objective, coefficients, n_tokens)
+    positive = jnp.where(counted.values > 0, counted.values, jnp.inf)
+    squared = mean_over((error * error).sum(-1), valid)
+    parts = Losses(reconstruction, squared, penalty, auxiliary, counted.fired(dictionary.d_sae), positive.min())
     return parts, error
 
 
-def _reconstruction(dictionary: Dictionary, codes: Codes, target: Array, objective: Objective) -> tuple[Array, Array]:
+def mean_over(x: Float[Array, "token *rest"], valid: Bool[Array, " token"] | None) -> Float[Array, "*rest"]:
+    """The mean over tokens, or over those that are valid; 0 where none is."""
+    if valid is None:
+        return x.mean(0)
+    real = valid.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.where(real, x, 0.0).sum(0) / jnp.maximum(valid.sum(dtype=x.dtype), 1.0)
+
+
+def _reconstruction(
+    dictionary: Dictionary, codes: Codes, target: Array, objective: Objective, valid: Array | None
+) -> tuple[Array, Array]:
     """The term, and the error of the whole dictionary."""
     if objective.reconstruction == "matryoshka":
         errors = target[None] - by_prefix(codes.values, codes.where, dictionary.w_dec, objective.prefixes)
-        return (errors * errors).sum(-1).mean(), errors[-1]
+        return mean_over((errors * errors).sum(-1).mean(0), valid), errors[-1]
     if objective.reconstruction == "hierarchical":
         assert isinstance(codes.where, Placed)
-        nested = by_size(codes.values, codes.where.latents, dictionary.w_dec, target).mean()
+        nested = mean_over(by_size(codes.values, codes.where.latents, dictionary.w_dec, target), valid)
         return nested, jax.lax.stop_gradient(target - codes.decode(dictionary.w_dec))
     error = target - codes.decode(dictionary.w_dec)
-    return (error * error).sum(-1).mean(), error
+    return mean_over((error * error).sum(-1), valid), error
 
 
 def sparsity_penalty(
@@ -156,7 +187,7 @@ def sparsity_penalty(
     norms: Float[Array, " d_sae"],
     objective: Objective,
     coefficients: Coefficients,
-    n_tokens: int,
+    n_tokens: int | Float[Array, ""],
 ) -> Float[Array, ""]:
     """The penalty on codes, mean over tokens, weighted by the norms of the latents' decoder rows."""
     if objective.penalty == "none":
@@ -186,20 +217,21 @@ def _auxiliary(
     error: Array,
     dead: Array,
     objective: Objective,
+    valid: Array | None,
 ) -> Array:
     match objective.auxiliary:
         case "gate":
             # the gate's own reconstruction, through a decoder that it cannot move
             w_dec, wanted = jax.lax.stop_gradient((dictionary.w_dec, target))
             guess = Codes(jax.nn.relu(codes.h), codes.h, codes.where).decode(w_dec)
-            return ((wanted - guess) ** 2).sum(-1).mean()
+            return mean_over(((wanted - guess) ** 2).sum(-1), valid)
         case "load_balance":
             assert isinstance(dictionary.activation, Switch)
-            return dictionary.activation.load_balance(x - dictionary.centre[None, :])
+            return dictionary.activation.load_balance(x - dictionary.centre[None, :], valid)
         case "auxk" | "preactivation":
             assert few is not None
             term = _auxk if objective.auxiliary == "auxk" else preactivation
-            return term(few, x, error, dead, objective)
+            return term(few, x, error, dead, objective, valid)
         case _:
             return jnp.zeros((), error.dtype)
 
@@ -207,6 +239,11 @@ def _auxiliary(
 def reads_dead(objective: Objective) -> bool:
     """Whether a term of the loss is about dead latents; it is 0 where there are none."""
     return objective.auxiliary in ("auxk", "preactivation")
+
+
+def without_dead(objective: Objective) -> Objective:
+    """The objective of a batch that no dead latent is trained on."""
+    return dataclasses.replace(objective, auxiliary="none") if reads_dead(objective) else objective
 
 
 def dead_latents(dictionary: Dictionary, dead: Bool[Array, " d_sae"], objective: Objective) -> Dictionary:
@@ -251,7 +288,9 @@ def auxk(
     return _auxk(dead_latents(dictionary, dead, objective), x, error, dead, objective)
 
 
-def _auxk(dictionary: Dictionary, x: Array, error: Array, dead: Array, objective: Objective) -> Array:
+def _auxk(
+    dictionary: Dictionary, x: Array, error: Array, dead: Array, objective: Objective, valid: Array | None = None
+) -> Array:
     """The same for the dictionary of dead latents alone, which come first."""
     h = (x - dictionary.centre[None, :]) @ dictionary.encoder.T + dictionary.b_enc[None, :]
     real = (jnp.arange(dictionary.d_sae) < dead.sum())[None, :]
@@ -259,9 +298,10 @@ def _auxk(dictionary: Dictionary, x: Array, error: Array, dead: Array, objective
     kept = h >= jax.lax.top_k(h, min(objective.k_aux, h.shape[1]))[0][:, -1:]
     guess = jnp.where(kept & real, jax.nn.relu(h), 0.0) @ dictionary.w_dec
     target = jax.lax.stop_gradient(error)
-    squared = ((target - guess) ** 2).sum(-1).mean()
+    squared = mean_over(((target - guess) ** 2).sum(-1), valid)
     if objective.aux_normalised:
-        squared = squared / jnp.maximum(((target - target.mean(0)[None, :]) ** 2).sum(-1).mean(), 1e-30)
+        spread = ((target - mean_over(target, valid)[None, :]) ** 2).sum(-1)
+        squared = squared / jnp.maximum(mean_over(spread, valid), 1e-30)
     return jnp.minimum(dead.sum() / objective.k_aux, 1.0) * squared
 
 
@@ -271,6 +311,7 @@ def preactivation(
     error: Float[Array, "token d_out"],
     dead: Bool[Array, " d_sae"],
     objective: Objective,
+    valid: Bool[Array, " token"] | None = None,
 ) -> Float[Array, ""]:
     """Mean over tokens of Σ max(θ − h, 0) · ‖w_dec‖ over dead latents: draws them back."""
     h = (x - dictionary.centre[None, :]) @ dictionary.encoder.T + dictionary.b_enc[None, :]
@@ -282,4 +323,4 @@ def preactivation(
         threshold = dictionary.activation.threshold
     else:
         threshold = jnp.zeros_like(norms)
-    return (jax.nn.relu(threshold[None, :] - h) * norms[None, :]).sum() / x.shape[0]
+    return mean_over((jax.nn.relu(threshold[None, :] - h) * norms[None, :]).sum(-1), valid)

@@ -22,16 +22,18 @@ def config_to_json(config: Any) -> dict[str, Any]:
     return _to_json(config, "config")
 
 
-def differing_fields(held: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "config") -> list[str]:
+def differing_fields(
+    held: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "config", *, place: str = "in the workdir"
+) -> list[str]:
     """One line for each field in which two configs in JSON form differ, with its dotted name and both values."""
     lines = []
     for name in sorted(held.keys() | asked.keys()):
         field = f"{prefix}.{name}"
         old, new = held.get(name, _ABSENT), asked.get(name, _ABSENT)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differing_fields(old, new, field)
+            lines += differing_fields(old, new, field, place=place)
         elif old != new or (name in held) != (name in asked):
-            lines.append(f"{field}: {old!r} in the workdir, {new!r} asked for")
+            lines.append(f"{field}: {old!r} {place}, {new!r} asked for")
     return lines
 
 

@@ -4,6 +4,7 @@
     results.json       one flat object: dotted names to numbers, strings or booleans
     costs.json         seconds of each stage and peak memory, over all runs that it took
     metrics.jsonl      one line per logged step
+    tensorboard/       the same for TensorBoard, where that is asked for
     stages/NAME.json   what a finished stage returned; its presence means that the stage is done
     checkpoints/NAME.safetensors
 
@@ -25,6 +26,7 @@ from etils import epath
 from mi_jax.core.dtypes import SAFETENSORS_DTYPES
 from mi_jax.run import files
 from mi_jax.run.config import config_to_json, differing_fields
+from mi_jax.run.events import EventFiles
 from mi_jax.run.files import WorkdirError
 
 Scalar = bool | int | float | str
@@ -39,22 +41,28 @@ class Workdir:
     """A run's folder, local or remote (`gs://…`). Make one with `Workdir.open`."""
 
     path: epath.Path
+    events: EventFiles | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
-    def open(cls, path: epath.PathLike, config: Any, *, experiment: str | None = None) -> "Workdir":
+    def open(
+        cls, path: epath.PathLike, config: Any, *, experiment: str | None = None, tensorboard: bool = False
+    ) -> "Workdir":
         """Opens `path` for a run with `config`, creating the folder if it is new.
 
         Args:
           path: the folder; its parents are created as well.
           config: a (nested) frozen dataclass of numbers, strings, booleans, None, paths and sequences of these.
           experiment: the experiment's name; the config class's name if not given.
+          tensorboard: whether `log` also writes event files for TensorBoard.
 
         Raises:
           WorkdirError: the folder holds another experiment, the same one with another config, or a run whose
             config.json is missing or damaged. Nothing is written then.
+          InputError: TensorBoard was asked for, and tensorboardX is not installed.
         """
         root = epath.Path(path).expanduser()
         experiment = experiment or type(config).__name__
+        events = EventFiles(root / "tensorboard") if tensorboard else None
         # Through JSON and back, so that a value compares as it will be read.
         asked = json.loads(json.dumps(config_to_json(config)))
         file = root / "config.json"
@@ -70,7 +78,7 @@ class Workdir:
             )
         else:
             files.write_json(file, {"experiment": experiment, "config": asked})
-        return cls(root)
+        return cls(root, events)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -120,6 +128,8 @@ class Workdir:
             line[name] = None if isinstance(number, float) and not math.isfinite(number) else number
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.events is not None:
+            self.events.add(step, {name: value for name, value in line.items() if name != "step"})
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl.

@@ -164,7 +164,8 @@ def test_one_step_alone_equals_one_of_many(planted):
     alone, metrics = train_step(fresh(), x[: TRAIN.batch_size], **static)
     one = jnp.ones(())
     source = InMemory(x, None, jnp.arange(N), one, one, TRAIN.batch_size)
-    looped, curves = train_steps(fresh(), source, jnp.ones((), jnp.int32), **static)
+    knobs = default_knobs(CONFIG, OBJECTIVE, TRAIN)
+    looped, curves = train_steps(fresh(), source, jnp.ones((), jnp.int32), knobs=knobs, **static)
     first = {name: curve[0] for name, curve in curves.items()}
     for a, b in zip(jax.tree.leaves((alone, metrics)), jax.tree.leaves((looped, first)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -185,9 +186,9 @@ def test_many_at_once_are_each_alone(planted, monkeypatch, together, in_a_progra
     alone_config, _ = architecture("topk", D_MODEL, D_SAE, k=4)
     source, (_, k_order) = fit_module._prepare(planted[0], None, config, objective, train, keys[0], None)
     state = fit_module.start(source, alone_config, objective, train, key=jax.random.split(keys[2])[0])
-    state = eqx.tree_at(lambda s: s.knobs.learning_rate, state, jnp.float32(3e-3))
-    state, _ = fit_module.run_steps(state, source, k_order, objective, train)
-    alone = fit_module.finished(state, source.scale_x, None)
+    own = eqx.tree_at(lambda k: k.learning_rate, knobs, jnp.float32(3e-3))
+    state, _ = fit_module.run_steps(state, source, k_order, own, objective, train)
+    alone = fit_module.finished(state, own, source.scale_x, None)
     np.testing.assert_allclose(dictionaries[2].w_dec, alone.w_dec, atol=1e-4)
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import struct
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mi_jax.core.dtypes import SAFETENSORS_DTYPES
+from mi_jax.core.errors import InputError
 from mi_jax.run import Workdir, WorkdirError
 
 
@@ -254,3 +257,34 @@ def test_a_name_outside_the_workdir_is_refused(tmp_path, name):
         workdir.write_json(name, {})
     with pytest.raises(ValueError, match="cannot name a file"):
         workdir.save_stage(name, {})
+
+
+def _events(folder) -> list[tuple[str, int, float]]:
+    """Name, step and value of every number in the event files: records of length, checksum, bytes, checksum."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = []
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_shows_what_metrics_has(tmp_path):
+    pytest.importorskip("tensorboardX")
+    folder = Workdir.open(tmp_path / "run", {"a": 1}, tensorboard=True)
+    folder.log(3, loss=0.5, note="words", broken=float("nan"))
+    folder.log(4, loss=0.25, done=True)
+    assert _events(tmp_path / "run" / "tensorboard") == [("loss", 3, 0.5), ("loss", 4, 0.25), ("done", 4, 1.0)]
+    assert [line["step"] for line in folder.metrics()] == [3, 4]
+
+
+def test_tensorboard_without_its_library_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    with pytest.raises(InputError, match=r"pip install 'mi-jax\[tensorboard\]'"):
+        Workdir.open(tmp_path / "run", {"a": 1}, tensorboard=True)
+    assert not (tmp_path / "run").exists()

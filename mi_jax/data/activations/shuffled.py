@@ -7,7 +7,7 @@ most one buffer is filled again. See `schedule.py` for the order and `window.py`
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,6 +62,14 @@ class Source(Protocol):
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """By site, the shape and type of one row."""
+        ...
+
+    def layers(self) -> Mapping[str, int | tuple[int, ...] | None]:
+        """By site, the layer that a row holds, or those along its first axis; None for a site that exists once."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """All that the rows depend on, as JSON: what another source differs in, by name."""
         ...
 
     def failure(self, unit: int) -> str:
@@ -121,6 +129,11 @@ class Shuffled:
     @property
     def steps_per_epoch(self) -> int:
         return self.schedule.steps_per_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """All that its batches depend on, as JSON; the same in every process and on any mesh."""
+        key = [str(jax.random.key_impl(self._key)), *np.asarray(jax.random.key_data(self._key)).ravel().tolist()]
+        return {"batch_size": self.batch_size, "buffer_size": self.buffer_size, "key": key} | self.source.identity()
 
     def windows(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[range, Window]]:
         """The steps from `start` on, without end unless `stop` is given, in runs that one filled buffer serves.

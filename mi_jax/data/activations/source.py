@@ -1,5 +1,7 @@
 """Activations that a language model computes: one forward for several sites, ended after the last layer asked for."""
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsIndex
 
@@ -14,9 +16,11 @@ from mi_jax.core import sharding
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At, SiteError, SiteTable
 from mi_jax.core.transforms import SiteModel, capture
+from mi_jax.data.activations.massive import massive_limit, norms
 from mi_jax.data.activations.shuffled import Chunk
 from mi_jax.data.activations.usable import usable_tokens
 from mi_jax.data.activations.window import Activations
+from mi_jax.run.fingerprint import fingerprint
 
 
 class ModelSource:
@@ -65,6 +69,31 @@ class ModelSource:
         rows, _ = eqx.filter_eval_shape(_forward, *self._arguments(np.zeros(self.units_per_chunk, np.int64)))
         return {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in rows.values.items()}
 
+    def layers(self) -> dict[str, int | tuple[int, ...] | None]:
+        """By site, the layer that a row holds, or those along its first axis."""
+        table, every = self.model.site_table, {}
+        for spec in self.sites:
+            layered = table.resolve(spec.site)[0].layered
+            every[spec.site] = tuple(range(table.size("layer"))) if layered and spec.layers is None else spec.layers
+        return every
+
+    def identity(self) -> dict[str, Any]:
+        """The model with its weights, the corpus, what is captured, and what is left out."""
+        config = getattr(self.model, "config", None)
+        fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+        return {
+            "model": self.model.site_table.model,
+            "config": {field.name: repr(getattr(config, field.name)) for field in fields},
+            "weights": fingerprint(self.model),
+            "sites": {spec.site: list(n) if isinstance(n := spec.layers, tuple) else n for spec in self.sites},
+            "tokens": _digest(self.tokens),
+            "mask": None if self.mask is None else _digest(self.mask),
+            "usable": _digest(self._usable),
+            "outlier_ratio": self.outlier_ratio,
+            "contexts_per_chunk": self.units_per_chunk,
+            "dtype": None if self.dtype is None else np.dtype(self.dtype).name,
+        }
+
     def failure(self, unit: int) -> str:
         names = ", ".join(f"{spec.site}" for spec in self.sites)
         return (
@@ -83,6 +112,10 @@ class ModelSource:
         return (
             None if self.mesh is None else NamedSharding(self.mesh, sharding.spec(("batch", "pos"), x.shape, self.mesh))
         )
+
+
+def _digest(x: np.ndarray) -> str:
+    return f"{list(x.shape)} {hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).hexdigest()}"
 
 
 @eqx.filter_jit
@@ -107,9 +140,9 @@ def _forward(
         per_layer = x.reshape(n_rows, x.shape[2] if layered else 1, -1)
         finite &= (jnp.isfinite(per_layer).all((1, 2)).reshape(usable.shape) | ~usable).all(1)
         if outlier_ratio is not None:
-            norms = jnp.linalg.norm(per_layer.astype(jnp.float32), axis=-1)
-            median = jnp.nanmedian(jnp.where(usable.reshape(-1, 1), norms, jnp.nan), axis=0, keepdims=True)
-            valid &= ~(norms > outlier_ratio * median).any(1)
+            limit_of = jax.vmap(lambda sizes: massive_limit(sizes, outlier_ratio, usable.reshape(-1)), in_axes=1)
+            sizes = norms(per_layer)
+            valid &= ~(sizes > limit_of(sizes)[None, :]).any(1)
         values[spec.site] = x.reshape(n_rows, *x.shape[2:])
     length = usable.shape[1]
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), usable.shape[0])

@@ -58,9 +58,16 @@ class Activation(eqx.Module):
         return self.dense(x @ w_enc.T + b_enc[None, :], b_enc, training=training)
 
     def choose(
-        self, x: Float[Array, "token d_in"], w_enc: Float[Array, "d_sae d_in"], b_enc: Float[Array, " d_sae"]
+        self,
+        x: Float[Array, "token d_in"],
+        w_enc: Float[Array, "d_sae d_in"],
+        b_enc: Float[Array, " d_sae"],
+        valid: Bool[Array, " token"] | None = None,
     ) -> Chosen | None:
-        """The places of a training batch of centred activations; None where codes are dense."""
+        """The places of a training batch of centred activations; None where codes are dense.
+
+        `valid` says which rows count where the choice is over the batch; None for all.
+        """
         return None
 
     def codes(

@@ -24,7 +24,7 @@ class Elementwise(Activation):
     def dense(self, h, b_enc, *, training: bool = False):
         return self.value(h, everywhere, b_enc)
 
-    def choose(self, x, w_enc, b_enc):
+    def choose(self, x, w_enc, b_enc, valid=None):
         if self.places is None:
             return None
         products = x @ w_enc.T

@@ -34,7 +34,7 @@ class MatchingPursuit(Activation):
         values, latents = self.pursue(x, w_enc)
         return dense(values, Placed(latents), w_enc.shape[0])
 
-    def choose(self, x, w_enc, b_enc):
+    def choose(self, x, w_enc, b_enc, valid=None):
         values, latents = self.pursue(x, w_enc)
         return Chosen(values, Placed(latents), jnp.array(True))
 

@@ -6,7 +6,7 @@ Source: Mudide et al. 2024 (arXiv 2410.08201).
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.decomposition.activations.base import Activation, Chosen, at_places
 from mi_jax.decomposition.codes import Placed, attach, dense
@@ -32,11 +32,15 @@ class Switch(Activation):
         """p of every expert."""
         return jax.nn.softmax((x - self.b_router[None, :]) @ self.router.T, axis=-1)
 
-    def load_balance(self, x: Float[Array, "token d_in"]) -> Float[Array, ""]:
+    def load_balance(
+        self, x: Float[Array, "token d_in"], valid: Bool[Array, " token"] | None = None
+    ) -> Float[Array, ""]:
         """n_experts · Σ_e (share of tokens sent to e) · (mean probability of e); 1 where both are even."""
         p = self.probabilities(x)
-        sent = jax.nn.one_hot(p.argmax(1), p.shape[1], dtype=p.dtype).mean(0)
-        return p.shape[1] * (sent * p.mean(0)).sum()
+        sent = jax.nn.one_hot(p.argmax(1), p.shape[1], dtype=p.dtype)
+        weight = jnp.ones(p.shape[0], p.dtype) if valid is None else valid.astype(p.dtype)
+        weight = (weight / jnp.maximum(weight.sum(), 1.0))[None, :]
+        return p.shape[1] * ((weight @ sent) * (weight @ p)).sum()
 
     def dense(self, h, b_enc, *, training: bool = False):
         raise NotImplementedError("a switch reads activations, not pre-activations: call `encode`")
@@ -49,7 +53,7 @@ class Switch(Activation):
         h, latents = self._places(x @ w_enc.T + b_enc[None, :], p.argmax(1))
         return dense(jax.nn.relu(h) * p.max(1)[:, None], Placed(latents), w_enc.shape[0])
 
-    def choose(self, x, w_enc, b_enc):
+    def choose(self, x, w_enc, b_enc, valid=None):
         h, latents = self._places(x @ w_enc.T + b_enc[None, :], self.probabilities(x).argmax(1))
         return Chosen(h, Placed(latents), jnp.array(True))
 

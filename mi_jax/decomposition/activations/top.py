@@ -43,7 +43,7 @@ class TopK(Activation):
         used = jnp.arange(self.k)[None, :] < self.k_now
         return jnp.where(used, values, 0.0), jnp.where(used, latents, h.shape[1])
 
-    def choose(self, x, w_enc, b_enc):
+    def choose(self, x, w_enc, b_enc, valid=None):
         def by_blocks(size):
             def places(x, w_enc, b_enc):
                 n = x.shape[0]
@@ -96,11 +96,15 @@ class BatchTopK(Activation):
     k: int = eqx.field(static=True)
     k_now: Int[Array, ""] | None = None
 
-    def choose(self, x, w_enc, b_enc):
+    def choose(self, x, w_enc, b_enc, valid=None):
         n = x.shape[0]
-        values, tokens, latents = largest_of_batch(x @ w_enc.T, self.k * n, b_enc)
-        if self.k_now is not None:
-            kept = values >= kth_largest(values, self.k_now * n)
+        products, n_codes = x @ w_enc.T, None if self.k_now is None else self.k_now * n
+        if valid is not None:
+            products = jnp.where(valid[:, None], products, -jnp.inf)
+            n_codes = (self.k if self.k_now is None else self.k_now) * valid.sum(dtype=jnp.int32)
+        values, tokens, latents = largest_of_batch(products, self.k * n, b_enc)
+        if n_codes is not None:
+            kept = values >= kth_largest(values, n_codes)
             values, latents = jnp.where(kept, values, 0.0), jnp.where(kept, latents, w_enc.shape[0])
         # a place without a code must not move anything
         latents = jnp.where(values > 0, latents, w_enc.shape[0])

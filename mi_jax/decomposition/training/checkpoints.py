@@ -1,8 +1,10 @@
 """Checkpoints of trainings with Orbax: everything that a step changes, written whole or not at all.
 
-Batch t is a function of t, so the step that is in the state is also the position in the data.
+Batch t is a function of t, so the step that is in the state is also the position in the data. `training.json` in the
+folder says what it holds checkpoints of.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import PyTree
 
 from mi_jax.core.errors import InputError
+from mi_jax.run import files
+from mi_jax.run.config import differing_fields
 
 
 class Checkpoints:
@@ -34,6 +39,37 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Makes the folder that of one training, or checks that it is.
+
+        A folder without a checkpoint is free.
+
+        Args:
+          identity: all that the training's numbers depend on, as JSON.
+
+        Raises:
+          InputError: the folder holds checkpoints of another training; says what differs.
+        """
+        file, asked = epath.Path(self.folder) / "training.json", json.loads(json.dumps(identity))
+        if self.latest() is None:
+            if jax.process_index() == 0:
+                files.write_json(file, asked)
+            return
+        advice = "use another folder, or delete this one to start anew"
+        if not file.exists():
+            raise InputError(
+                f"{self.folder} has checkpoints but no {file.name}, so it cannot be told what they are of; {advice}"
+            )
+        lines = differing_fields(files.read_json(file), asked, "", place="in the folder")
+        if lines:
+            named = "\n  ".join(line.removeprefix(".") for line in lines)
+            if any(".train.steps: " in line for line in lines):
+                advice += ". The schedule depends on its number of steps: another number is another training"
+            raise InputError(
+                f"{self.folder} holds checkpoints of another training:\n  {named}\nGive the same values to go on with "
+                f"it; {advice}"
+            )
 
     def save(self, step: int, states: PyTree, curves: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Writes arrays, and what every step so far measured, by training and metric."""

@@ -19,8 +19,9 @@ class TrainConfig:
       steps: optimiser steps in all.
       batch_size: tokens per step.
       learning_rate: peak of the schedule, for activations of unit variance per dimension.
-      warmup_steps: steps of linear rise from zero.
-      decay_fraction: last part of the run, over which the rate falls linearly to zero.
+      warmup_steps: steps of linear rise from zero, fewer than `steps`; None for 50, or a quarter of the steps where
+        that is less.
+      decay_fraction: last part of the run, over which the rate falls linearly to zero, without the warm-up.
       optimiser: `adam`, `signum` (sign of the momentum) or `muon`.
       b1, b2: decay rates of the moments.
       clip: largest global norm of a gradient; None for no limit.
@@ -40,7 +41,7 @@ class TrainConfig:
     steps: int = 1200
     batch_size: int = 1024
     learning_rate: float = 2.5e-3
-    warmup_steps: int = 50
+    warmup_steps: int | None = None
     decay_fraction: float = 0.5
     optimiser: Literal["adam", "signum", "muon"] = "adam"
     b1: float = 0.9
@@ -62,10 +63,22 @@ class TrainConfig:
         for name in ("steps", "batch_size", "dead_after", "steps_per_call"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup < self.steps:
+            raise InputError(
+                f"warmup_steps={self.warmup_steps} of steps={self.steps}: the peak of the rate would never be reached; "
+                "warmup_steps is from 0 to steps − 1, or None"
+            )
+        if not 0 <= self.decay_fraction <= 1:
+            raise InputError(f"decay_fraction={self.decay_fraction} is a fraction of the steps, from 0 to 1")
         if self.optimiser not in ("adam", "signum", "muon"):
             raise InputError(f"optimiser must be adam, signum or muon, got {self.optimiser!r}")
         if self.decoder not in ("unit", "free"):
             raise InputError(f"decoder must be unit or free, got {self.decoder!r}")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the rise."""
+        return min(50, self.steps // 4) if self.warmup_steps is None else self.warmup_steps
 
 
 class Knobs(eqx.Module):
@@ -85,15 +98,16 @@ class Knobs(eqx.Module):
 
 
 def rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, a constant rate of 1, and linear decay to zero; times `Knobs.learning_rate`."""
-    decay = max(1, round(config.decay_fraction * config.steps))
+    """Linear warm-up, a constant 1, and linear decay that is zero after the last step; times `Knobs.learning_rate`."""
+    warmup = config.warmup
+    decay = max(1, min(round(config.decay_fraction * config.steps), config.steps - warmup))
     return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, 1.0, config.warmup_steps),
+            optax.linear_schedule(0.0, 1.0, warmup),
             optax.constant_schedule(1.0),
             optax.linear_schedule(1.0, 0.0, decay),
         ],
-        [config.warmup_steps, max(config.warmup_steps, config.steps - decay)],
+        [warmup, config.steps - decay],
     )
 
 

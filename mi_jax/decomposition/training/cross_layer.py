@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mi_jax.core import sharding
 from mi_jax.core.errors import InputError
+from mi_jax.core.precision import widened
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.cross_layer import CrossLayerTranscoder
 from mi_jax.decomposition.cross_layer_config import CrossLayerConfig, check_cross_layer, init_cross_layer
@@ -20,7 +21,7 @@ from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.fit import History, Report, history_of, run_steps
 from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.source import normalisation
-from mi_jax.decomposition.training.state import TrainState, init_state
+from mi_jax.decomposition.training.state import TrainState, checked_knobs, init_state
 from mi_jax.decomposition.training.step import descended, scheduled
 
 
@@ -49,12 +50,13 @@ class LayersInMemory(eqx.Module):
         return self._placed(self.x[rows], self.scale_x), self._placed(self.y[rows], self.scale_y)
 
     def _placed(self, x: Array, scale: Array) -> Array:
-        x = x * scale[None, :, None]
+        x = widened(x) * scale[None, :, None]
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, _batches(x, self.mesh))
 
 
 def cross_layer_step(
     state: TrainState[CrossLayerTranscoder],
+    knobs: Knobs,
     source: LayersInMemory,
     objective: Objective,
     train: TrainConfig,
@@ -66,16 +68,17 @@ def cross_layer_step(
     """
     x, y = source.batch(state.step)
     dead = state.since_fired >= train.dead_after
-    coefficients = scheduled(state, objective, train)
+    coefficients = scheduled(state, knobs, objective, train)
 
-    def loss_of(transcoder, chosen):
+    def loss_of(transcoder, chosen, _):
         return cross_layer_loss(transcoder, x, y, dead, objective, coefficients, chosen)
 
     transcoder = state.dictionary
     total, parts, grads, fits = gradients(
         loss_of, transcoder, choose(transcoder, x), bounded=bounded(transcoder), frozen_decoder=frozen_decoder
     )
-    return descended(state, transcoder, grads, total, parts, y, coefficients.sparsity, fits, train, frozen_decoder)
+    sparsity = coefficients.sparsity
+    return descended(state, knobs, transcoder, grads, total, parts, y, sparsity, fits, train, frozen_decoder)
 
 
 def fit_cross_layer(
@@ -103,7 +106,7 @@ def fit_cross_layer(
         JumpReLU, `auxiliary="auxk"` revives dead latents of topk and batchtopk.
       train: the schedule. With `decoder="unit"` a latent's decoders to all targets together keep norm 1.
       key: draws the start and the order of the tokens.
-      knobs: the run's own numbers but k, which stays; those of the configurations if not given.
+      knobs: the run's own numbers but k, which is the configuration's; those of the configurations if not given.
       progress: as in `fit`.
       frozen_decoder: leave the decoders as they were drawn, for a null.
       state: where to go on from, as `progress` had it, with the same other arguments.
@@ -121,6 +124,7 @@ def fit_cross_layer(
       TrainConfig(steps=2000), key=jax.random.key(0))`
     """
     check_cross_layer(config, objective)
+    own = _knobs(knobs, config, objective, train)
     _check(inputs, targets, config, train)
     if mesh is not None:
         inputs, targets = (jax.device_put(a, _batches(a, mesh)) for a in (inputs, targets))
@@ -131,13 +135,13 @@ def fit_cross_layer(
     if state is None:
         x, y = source.batch(jnp.int32(0))
         fresh = _match_size(init_cross_layer(config, key=k_init, mean=y.mean(0)), x, y)
-        current = init_state(fresh, config.layer, objective, train, knobs=knobs, frozen_decoder=frozen_decoder)
+        current = init_state(fresh, config.layer, objective, train, frozen_decoder=frozen_decoder)
         if mesh is not None:
             current = sharding.shard(current, cross_layer_axes(current, config.n_layers, config.d_sae), mesh)
     else:
         current = jax.tree.map(jnp.copy, state)
     current, history = run_steps(
-        current, source, k_order, objective, train, frozen_decoder, progress, one_step=cross_layer_step
+        current, source, k_order, own, objective, train, frozen_decoder, progress, one_step=cross_layer_step
     )
     return fold_layer_scales(current.dictionary, scale_x, scale_y), history_of(history)
 
@@ -201,6 +205,12 @@ def _match_size(transcoder: CrossLayerTranscoder, x: Array, y: Array) -> CrossLa
 
 def _batches(x: Array, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, sharding.spec(("batch", "layer", "d_model"), x.shape, mesh))
+
+
+def _knobs(knobs: Knobs | None, config: CrossLayerConfig, objective: Objective, train: TrainConfig) -> Knobs:
+    if knobs is not None and int(knobs.k) != config.k:
+        raise InputError(f"knobs.k={int(knobs.k)}, but a cross-layer transcoder has the configuration's k={config.k}")
+    return checked_knobs(knobs, config.layer, objective, train)
 
 
 def _check(inputs: Array, targets: Array, config: CrossLayerConfig, train: TrainConfig) -> None:

@@ -4,6 +4,7 @@ Each step runs the model to the site, the dictionary there, and the rest of the 
 on the reconstruction. Only the latter has a backward pass, and the model's weights get no gradient.
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -15,15 +16,17 @@ from jaxtyping import Array, Bool, Float, Int
 from mi_jax.core.errors import InputError
 from mi_jax.decomposition.config import DictionaryConfig, check_combination
 from mi_jax.decomposition.dictionary import Dictionary, fold_scale
+from mi_jax.decomposition.massive import massive_limit, norms
+from mi_jax.decomposition.objective import without_dead
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.continuation import Continuation
 from mi_jax.decomposition.training.end_to_end_loss import Clean, EndToEnd, EndToEndLosses, end_to_end_loss
 from mi_jax.decomposition.training.fit import History, Report, finished, history_of, run_steps, start_from
 from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.resample import resample
-from mi_jax.decomposition.training.source import normalisation
-from mi_jax.decomposition.training.state import TrainState, init_state
-from mi_jax.decomposition.training.step import METRICS, descended, scheduled, with_k
+from mi_jax.decomposition.training.source import filled, normalisation
+from mi_jax.decomposition.training.state import TrainState, checked_knobs, counts_codes, init_state, with_places
+from mi_jax.decomposition.training.step import METRICS, bounded, descended, scheduled, with_k
 
 END_TO_END_METRICS = (*METRICS, "kl", "downstream")
 # batches of contexts over which the scale of activations and the norm of massive ones are estimated
@@ -63,24 +66,20 @@ class InModel(eqx.Module):
         acts = self.rest.capture(tokens, mask, (self.read_site, self.rest.site))
         read, value = (acts[self._name(site)] for site in (self.read_site, self.rest.site))
         late = jnp.arange(tokens.shape[1]) >= self.skip_positions
-        used = mask & late[None, :] & (jnp.linalg.norm(read.astype(jnp.float32), axis=-1) <= self.limit)
+        used = mask & late[None, :] & (norms(read) <= self.limit)
         return tokens, mask, read, value, used
 
     def clean(self, step: Int[Array, ""]) -> Clean:
         """The model's own run on the batch of a step."""
         tokens, mask, read, value, used = self.activations(step)
         flat = used[:, self.skip_positions :].reshape(-1)
-        # rows that are not replaced are filled with those that are, in turn, so that no loss needs a mask
-        order = jnp.argsort(~flat, stable=True)
-        places = jnp.arange(flat.shape[0])
-        source = jnp.where(flat, places, order[places % jnp.maximum(flat.sum(dtype=places.dtype), 1)])
 
         def rows(a, scale):
-            return a[:, self.skip_positions :].reshape(flat.shape[0], -1)[source].astype(scale.dtype) * scale
+            return filled(a[:, self.skip_positions :].reshape(flat.shape[0], -1).astype(scale.dtype) * scale, flat)
 
         logits, later = self.rest(value, tokens, mask)
         x, y = rows(read, self.scale_x), rows(value, self.scale_y)
-        return Clean(tokens, mask, value, used, x, y, logits, later)
+        return Clean(tokens, mask, value, used, x, y, flat, logits, later)
 
     def _name(self, site: str) -> str:
         return self.rest.model.site_table.resolve(site)[0].name
@@ -88,6 +87,7 @@ class InModel(eqx.Module):
 
 def end_to_end_step(
     state: TrainState[Dictionary],
+    knobs: Knobs,
     source: InModel,
     objective: EndToEnd,
     train: TrainConfig,
@@ -96,21 +96,28 @@ def end_to_end_step(
     """The state after one step on the source's contexts, and the scalars that `END_TO_END_METRICS` names."""
     clean = source.clean(state.step)
     dead = state.since_fired >= train.dead_after
-    coefficients = scheduled(state, objective.codes, train)
+    coefficients = scheduled(state, knobs, objective.codes, train)
 
-    def loss_of(dictionary, chosen):
-        return end_to_end_loss(dictionary, clean, source.rest, source.scale_y, dead, objective, coefficients, chosen)
+    def loss_of(dictionary, places, few):
+        aims = objective if few is not None else dataclasses.replace(objective, codes=without_dead(objective.codes))
+        return end_to_end_loss(dictionary, clean, source.rest, source.scale_y, dead, aims, coefficients, places, few)
 
-    dictionary = with_k(state, train)
-    bounded = getattr(dictionary.activation, "max_active", None) is not None
+    dictionary = with_k(state, knobs, train)
     total, parts, grads, fits = gradients(
-        loss_of, dictionary, dictionary.choose(clean.x), bounded=bounded, frozen_decoder=frozen_decoder
+        loss_of,
+        dictionary,
+        dictionary.choose(clean.x, clean.valid),
+        bounded=bounded(dictionary),
+        frozen_decoder=frozen_decoder,
+        dead=(dead, objective.codes),
     )
     assert isinstance(parts, EndToEndLosses)
     sparsity = coefficients.sparsity
-    state, metrics = descended(state, dictionary, grads, total, parts, clean.y, sparsity, fits, train, frozen_decoder)
+    state, metrics = descended(
+        state, knobs, dictionary, grads, total, parts, clean.y, sparsity, fits, train, frozen_decoder, clean.valid
+    )
     if train.resample_every and not frozen_decoder:
-        state = resample(state, clean.x, clean.y, objective.codes, train)
+        state = resample(state, clean.x, clean.y, objective.codes, train, clean.valid)
     return state, metrics | {"kl": parts.kl, "downstream": parts.downstream}
 
 
@@ -167,6 +174,7 @@ def fit_end_to_end(
       site="resid_post", layer=8, key=jax.random.key(0), start=sae)`
     """
     check_combination(config, objective.codes)
+    own = checked_knobs(knobs, config, objective.codes, train)
     read_site = site if read_site is None else read_site
     tokens = jnp.asarray(tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
@@ -190,18 +198,21 @@ def fit_end_to_end(
     scale_x, scale_y = normalisation(x)[1], normalisation(y)[1]
     source = eqx.tree_at(lambda s: (s.scale_x, s.scale_y, s.limit), source, (scale_x, scale_y, limit))
     k_init, k_order = jax.random.split(key)
-    options = {"knobs": knobs, "frozen_decoder": frozen_decoder}
     if state is not None:
         current: TrainState = jax.tree.map(jnp.copy, state)
     elif start is None:
-        current = start_from(x * scale_x, y * scale_y, config, objective.codes, train, key=k_init, **options)
+        options = {"key": k_init, "knobs": knobs, "frozen_decoder": frozen_decoder}
+        current = start_from(x * scale_x, y * scale_y, config, objective.codes, train, **options)
     else:
         begin = _normalised(start, config, train, scale_x, scale_y)
-        current = init_state(begin, config, objective.codes, train, **options)
+        if counts_codes(begin) and (knobs is not None or train.k_start is not None):
+            begin = with_places(begin, max(config.k, train.k_start or 0))
+        current = init_state(begin, config, objective.codes, train, frozen_decoder=frozen_decoder)
     current, history = run_steps(
         current,
         source,
         k_order,
+        own,
         objective,
         train,
         frozen_decoder,
@@ -209,7 +220,7 @@ def fit_end_to_end(
         one_step=end_to_end_step,
         names=END_TO_END_METRICS,
     )
-    return finished(current, scale_x, scale_y if config.transcoder else None), history_of(history)
+    return finished(current, own, scale_x, scale_y if config.transcoder else None), history_of(history)
 
 
 def _sample(source: InModel, config: DictionaryConfig, train: TrainConfig) -> tuple[Array, Array, Array]:
@@ -225,10 +236,10 @@ def _sample(source: InModel, config: DictionaryConfig, train: TrainConfig) -> tu
             raise InputError(f"{name} has {array.shape[1:]} numbers per token, the config says {width}")
         if not np.isfinite(array).all():
             raise InputError(f"{name} is not finite (NaN or infinity) at some tokens")
-    norms = np.linalg.norm(x, axis=1)
-    limit = np.inf if train.massive_ratio is None else train.massive_ratio * np.median(norms)
-    kept = norms <= limit
-    return jnp.asarray(x[kept]), jnp.asarray(y[kept]), jnp.asarray(limit, jnp.float32)
+    sizes = norms(jnp.asarray(x))
+    limit = jnp.float32(jnp.inf) if train.massive_ratio is None else massive_limit(sizes, train.massive_ratio)
+    kept = np.asarray(sizes <= limit)
+    return jnp.asarray(x[kept]), jnp.asarray(y[kept]), limit
 
 
 def _normalised(

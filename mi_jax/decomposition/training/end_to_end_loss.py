@@ -69,8 +69,8 @@ class Clean(eqx.Module):
       tokens, mask: the contexts.
       value: the activation that is replaced.
       used: the tokens at which it is.
-      x, y: what the dictionary reads and is to write, normalised: a row per token after the first positions, where a
-        token that is not replaced has the rows of another one.
+      x, y: what the dictionary reads and is to write, normalised: a row per token after the first positions.
+      valid: rows of tokens that are replaced; the others have no weight.
       logits, later: what the model makes of `value`.
     """
 
@@ -80,6 +80,7 @@ class Clean(eqx.Module):
     used: Bool[Array, "context pos"]
     x: Float[Array, "token d_in"]
     y: Float[Array, "token d_out"]
+    valid: Bool[Array, " token"]
     logits: Float[Array, "context pos d_vocab"]
     later: Float[Array, "later context pos d_stream"] | None
 
@@ -93,6 +94,7 @@ def end_to_end_loss(
     objective: EndToEnd,
     coefficients: Coefficients,
     chosen: Chosen | None = None,
+    few: Dictionary | None = None,
 ) -> tuple[Float[Array, ""], EndToEndLosses]:
     """The loss of `EndToEnd` on a batch of contexts.
 
@@ -104,10 +106,12 @@ def end_to_end_loss(
       dead: latents that count as dead.
       objective: which terms.
       coefficients: their traced numbers.
-      chosen: `dictionary.choose(clean.x)`; None computes dense codes.
+      chosen: `dictionary.choose(clean.x, clean.valid)`; None computes dense codes.
+      few: as for `objective.loss`.
     """
-    few = dead_latents(dictionary, dead, objective.codes) if reads_dead(objective.codes) else None
-    parts, error = terms(dictionary, clean.x, clean.y, dead, objective.codes, coefficients, chosen, few)
+    if few is None and reads_dead(objective.codes):
+        few = dead_latents(dictionary, dead, objective.codes)
+    parts, error = terms(dictionary, clean.x, clean.y, dead, objective.codes, coefficients, chosen, few, clean.valid)
     zero = jnp.zeros((), error.dtype)
     kl = downstream = zero
     if objective.kl or objective.downstream:

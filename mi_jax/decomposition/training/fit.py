@@ -23,21 +23,21 @@ from mi_jax.decomposition.initial import init, match_size
 from mi_jax.decomposition.massive import massive
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.source import InMemory, Source, batch_sharding, normalisation
-from mi_jax.decomposition.training.state import TrainState, counts_codes, default_knobs, init_state, with_places
+from mi_jax.decomposition.training.state import TrainState, checked_knobs, counts_codes, init_state, with_places
 from mi_jax.decomposition.training.step import METRICS, update
 
 History = list[dict[str, float]]
 Report = Callable[[TrainState, dict[str, float]], None]
 # trainings one after the other in one program, which has as many copies of the step
 MOST_IN_TURN = 8
-OneStep = Callable[[Any, Any, Any, TrainConfig, bool], tuple[Any, dict[str, Array]]]
+OneStep = Callable[[Any, Knobs, Any, Any, TrainConfig, bool], tuple[Any, dict[str, Array]]]
 
 
 def _on_batch(
-    state: TrainState, source: Source, objective: Objective, train: TrainConfig, frozen_decoder: bool
+    state: TrainState, knobs: Knobs, source: Source, objective: Objective, train: TrainConfig, frozen_decoder: bool
 ) -> tuple[TrainState, dict[str, Array]]:
-    x, y = source.batch(state.step)
-    return update(state, x, y, objective, train, frozen_decoder)
+    x, y, valid = source.batch(state.step)
+    return update(state, knobs, x, y, objective, train, frozen_decoder, valid)
 
 
 @partial(
@@ -50,6 +50,7 @@ def train_steps(
     source: Any,
     n_steps: Int[Array, ""],
     *,
+    knobs: Any,
     objective: Any,
     train: TrainConfig,
     frozen_decoder: bool = False,
@@ -64,40 +65,44 @@ def train_steps(
         in the same program; one state whose leaves have a leading axis for several side by side.
       source: gives the batch of a step.
       n_steps: how many.
+      knobs: the run's own numbers; of several trainings, as the states are.
       objective: the loss.
       train: the schedule.
       frozen_decoder: leave the decoder as it is.
       together: the state is of several trainings, side by side: `jax.vmap`.
-      one_step: from the state, the source, the objective, the schedule and `frozen_decoder` to the next state and its
-        metrics; that of `objective`'s losses if not given.
+      one_step: from the state, its knobs, the source, the objective, the schedule and `frozen_decoder` to the next
+        state and its metrics; that of `objective`'s losses if not given.
       names: of the metrics.
 
     Returns:
       The new state or states, and the metrics of every step, `[… step]`, of which the first `n_steps` are meant.
     """
 
-    def run(state, n_steps):
+    def run(state, knobs, n_steps):
         def body(i, carry):
             state, curves = carry
-            state, metrics = one_step(state, source, objective, train, frozen_decoder)
+            state, metrics = one_step(state, knobs, source, objective, train, frozen_decoder)
             return state, {name: curve.at[i].set(metrics[name]) for name, curve in curves.items()}
 
         curves = dict.fromkeys(names, jnp.zeros(train.steps_per_call, jnp.float32))
         return jax.lax.fori_loop(0, n_steps, body, (state, curves))
 
     if together:
-        return jax.vmap(run, in_axes=(0, None))(state, n_steps)
-    return _in_turn(run, state, n_steps) if isinstance(state, tuple) else run(state, n_steps)
+        return jax.vmap(run, in_axes=(0, 0, None))(state, knobs, n_steps)
+    return _in_turn(run, state, knobs, n_steps) if isinstance(state, tuple) else run(state, knobs, n_steps)
 
 
 def _in_turn(
-    run: Callable[[Any, Array], tuple[Any, dict[str, Array]]], states: tuple[Any, ...], n_steps: Int[Array, ""]
+    run: Callable[[Any, Any, Array], tuple[Any, dict[str, Array]]],
+    states: tuple[Any, ...],
+    knobs: tuple[Any, ...],
+    n_steps: Int[Array, ""],
 ) -> tuple[tuple[Any, ...], dict[str, Array]]:
     """`run` on every state, each updated in its own memory: a loop over stacked ones would copy them in and out."""
     done, curves = [], []
-    for state in states:
+    for state, own in zip(states, knobs, strict=True):
         first = state.step
-        state, found = run(state, n_steps)
+        state, found = run(state, own, n_steps)
         # how many steps this one did is how many the next one does: so they cannot run, and need memory, at once
         n_steps = state.step - first
         done.append(state)
@@ -122,7 +127,8 @@ def fit(
     """Trains a dictionary.
 
     Args:
-      activations: one row per token, in any order; scaled to unit variance inside, the result is in their units.
+      activations: one row per token, in any order, of any precision; scaled to unit variance inside. The result is in
+        their units, and in float32 where they are of half precision.
       config: the dictionary's shape.
       objective: the loss.
       train: the schedule.
@@ -139,15 +145,17 @@ def fit(
       The dictionary, and for every compiled call the step it ended at and its mean metrics.
 
     Raises:
-      InputError: activations that do not fit the configurations, that are not finite, or that hold massive ones.
+      InputError: activations that do not fit the configurations, that are not finite, or that hold massive ones; a
+        `knobs.k` over the configuration's.
     """
+    own = checked_knobs(knobs, config, objective, train)
     source, (k_init, k_order) = _prepare(activations, targets, config, objective, train, key, mesh)
     if state is not None:
         current: TrainState = jax.tree.map(jnp.copy, state)
     else:
         current = start(source, config, objective, train, key=k_init, knobs=knobs, frozen_decoder=frozen_decoder)
-    current, history = run_steps(current, source, k_order, objective, train, frozen_decoder, progress)
-    return finished(current, source.scale_x, source.scale_y if targets is not None else None), history_of(history)
+    current, history = run_steps(current, source, k_order, own, objective, train, frozen_decoder, progress)
+    return finished(current, own, source.scale_x, source.scale_y if targets is not None else None), history_of(history)
 
 
 def fit_many(
@@ -182,28 +190,21 @@ def fit_many(
     """
     n = len(keys)
     source, (_, k_order) = _prepare(activations, targets, config, objective, train, keys[0], None)
-    knobs = default_knobs(config, objective, train) if knobs is None else knobs
-    many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n,)), knobs)
-    places = int(many.k.max()) if config.activation in ("topk", "abstopk", "batchtopk") else None
-    if places is not None and places > config.k:
-        raise InputError(f"knobs.k goes to {places}, the configuration has k={config.k} places")
+    many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n,)), checked_knobs(knobs, config, objective, train))
+    each = tuple(jax.tree.map(lambda leaf: leaf[i], many) for i in range(n))  # noqa: B023
     states = [
-        start(
-            source,
-            config,
-            objective,
-            train,
-            key=jax.random.split(keys[i])[0],
-            knobs=jax.tree.map(lambda leaf: leaf[i], many),  # noqa: B023
-        )
-        for i in range(n)
+        start(source, config, objective, train, key=jax.random.split(keys[i])[0], knobs=each[i]) for i in range(n)
     ]
     scale_y = source.scale_y if targets is not None else None
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if together else tuple(states)
-    state, histories = run_steps(state, source, k_order, objective, train, progress=progress, together=together)
+    numbers = many if together else each
+    state, histories = run_steps(
+        state, source, k_order, numbers, objective, train, progress=progress, together=together
+    )
     if together:
         state = tuple(jax.tree.map(lambda leaf: leaf[i], state) for i in range(n))  # noqa: B023
-    return [finished(one, source.scale_x, scale_y) for one in state], [history_of(histories, i) for i in range(n)]
+    dictionaries = [finished(one, own, source.scale_x, scale_y) for one, own in zip(state, each, strict=True)]
+    return dictionaries, [history_of(histories, i) for i in range(n)]
 
 
 def start(
@@ -217,7 +218,7 @@ def start(
     frozen_decoder: bool = False,
 ) -> TrainState:
     """The state before the first step on a source; see `start_from`."""
-    x, y = source.batch(jnp.int32(0))
+    x, y, _ = source.batch(jnp.int32(0))
     options = {"key": key, "knobs": knobs, "frozen_decoder": frozen_decoder, "mesh": source.mesh}
     return start_from(x, y, config, objective, train, **options)
 
@@ -234,20 +235,23 @@ def start_from(
     frozen_decoder: bool = False,
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state before the first step, fitted to the size of a first batch and sharded over a mesh."""
+    """The state before the first step, fitted to the size of a first batch and sharded over a mesh.
+
+    With `knobs`, or a schedule of k, the number of codes is traced.
+    """
     dictionary = init(config, key=key, mean=y.mean(0))
     dictionary = match_size(dictionary, x, y)
     if counts_codes(dictionary) and (knobs is not None or train.k_start is not None):
         dictionary = with_places(dictionary, max(config.k, train.k_start or 0))
-    state = init_state(dictionary, config, objective, train, knobs=knobs, frozen_decoder=frozen_decoder)
+    state = init_state(dictionary, config, objective, train, frozen_decoder=frozen_decoder)
     return state if mesh is None else sharding.shard(state, logical_axes(state), mesh)
 
 
-def finished(state: TrainState, scale_x: Array, scale_y: Array | None) -> Dictionary:
+def finished(state: TrainState, knobs: Knobs, scale_x: Array, scale_y: Array | None) -> Dictionary:
     """The trained dictionary in the units of the activations."""
     dictionary = state.dictionary
     if counts_codes(dictionary) and getattr(dictionary.activation, "k_now", None) is not None:
-        dictionary = eqx.tree_at(lambda d: d.activation.k_now, dictionary, state.knobs.k)
+        dictionary = eqx.tree_at(lambda d: d.activation.k_now, dictionary, knobs.k)
         dictionary = with_places(dictionary, None)
     return fold_scale(dictionary, scale_x, scale_y)
 
@@ -256,6 +260,7 @@ def run_steps(
     state: Any,
     source: Any,
     k_order: Array,
+    knobs: Any,
     objective: Any,
     train: TrainConfig,
     frozen_decoder: bool = False,
@@ -272,7 +277,7 @@ def run_steps(
             source = eqx.tree_at(lambda s: s.order, source, order)
         n_steps = min(train.steps_per_call, train.steps - step, per_epoch - step % per_epoch)
         how |= {"objective": objective, "train": train, "frozen_decoder": frozen_decoder}
-        state, metrics = _advance(state, source, jnp.asarray(n_steps, jnp.int32), **how)
+        state, metrics = _advance(state, knobs, source, jnp.asarray(n_steps, jnp.int32), **how)
         step += n_steps
         read = {name: np.asarray(curve)[..., :n_steps].mean(-1) for name, curve in metrics.items()}
         history.append({"step": step} | read)
@@ -281,14 +286,16 @@ def run_steps(
     return state, history
 
 
-def _advance(state: Any, source: Any, n_steps: Array, **how: Any) -> tuple[Any, dict[str, Any]]:
+def _advance(state: Any, knobs: Any, source: Any, n_steps: Array, **how: Any) -> tuple[Any, dict[str, Any]]:
     """`train_steps`, for so many trainings at a time as make a program of a reasonable size."""
     if not isinstance(state, tuple):
-        return train_steps(state, source, n_steps, **how)
+        return train_steps(state, source, n_steps, knobs=knobs, **how)
     # of one size where possible, so that one program serves all
     size = -(-len(state) // -(-len(state) // MOST_IN_TURN))
-    groups = [state[i : i + size] for i in range(0, len(state), size)]
-    done, metrics = zip(*(train_steps(group, source, n_steps, **how) for group in groups), strict=True)
+    groups = [slice(i, i + size) for i in range(0, len(state), size)]
+    done, metrics = zip(
+        *(train_steps(state[group], source, n_steps, knobs=knobs[group], **how) for group in groups), strict=True
+    )
     return sum(done, ()), jax.tree.map(lambda *curves: np.concatenate(curves), *metrics)
 
 

@@ -6,7 +6,7 @@ Source: Bricken et al. 2023, "Towards Monosemanticity", appendix on neuron resam
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.dictionary import of_latents
@@ -18,24 +18,34 @@ from mi_jax.decomposition.training.state import TrainState
 ENCODER_SHARE = 0.2
 
 
-def resample(state: TrainState, x: Array, y: Array, objective: Objective, train: TrainConfig) -> TrainState:
+def resample(
+    state: TrainState,
+    x: Array,
+    y: Array,
+    objective: Objective,
+    train: TrainConfig,
+    valid: Bool[Array, " token"] | None = None,
+) -> TrainState:
     """Every `resample_every` steps, gives each dead latent the direction of a token's remainder.
 
-    The tokens are drawn from this batch with probability proportional to their squared error squared; the encoder row
-    gets a fifth of the mean norm of living rows, its bias and the optimiser's moments of the latent become zero. The
-    draw depends on the step and on nothing else.
+    The tokens are drawn from the valid ones of this batch with probability proportional to their squared error squared;
+    the encoder row gets a fifth of the mean norm of living rows, its bias and the optimiser's moments of the latent
+    become zero. The draw depends on the step and on nothing else.
     """
     due = (state.step % train.resample_every == 0) & (state.step <= int(train.resample_until * train.steps))
     dead = state.since_fired >= train.dead_after
-    return jax.lax.cond(due & dead.any(), lambda s: _resampled(s, x, y, dead), lambda s: s, state)
+    due = due & dead.any() if valid is None else due & dead.any() & valid.any()
+    return jax.lax.cond(due, lambda s: _resampled(s, x, y, dead, valid), lambda s: s, state)
 
 
-def _resampled(state: TrainState, x: Array, y: Array, dead: Array) -> TrainState:
+def _resampled(state: TrainState, x: Array, y: Array, dead: Array, valid: Array | None) -> TrainState:
     dictionary = state.dictionary
     rest = y - dictionary(x)
-    weight = (rest * rest).sum(1) ** 2
+    weight = jnp.log((rest * rest).sum(1) ** 2 + 1e-30)
+    if valid is not None:
+        weight = jnp.where(valid, weight, -jnp.inf)
     key = jax.random.fold_in(jax.random.key(0), state.step)
-    tokens = jax.random.categorical(key, jnp.log(weight + 1e-30), shape=(dictionary.d_sae,))
+    tokens = jax.random.categorical(key, weight, shape=(dictionary.d_sae,))
     directions = unit_rows(rest[tokens])
     read = directions if dictionary.d_in == dictionary.d_out else unit_rows(x[tokens] - dictionary.centre[None, :])
     norms = jnp.linalg.norm(dictionary.encoder, axis=1)

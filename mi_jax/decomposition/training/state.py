@@ -13,6 +13,8 @@ from mi_jax.decomposition.config import DictionaryConfig, Objective, check_combi
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.training.config import Knobs, TrainConfig, direction
 
+# activations whose number of codes can move during training
+MOVABLE = ("topk", "abstopk", "batchtopk")
 # a Dictionary, or a CrossLayerTranscoder
 D = TypeVar("D", bound=eqx.Module)
 
@@ -27,7 +29,6 @@ class TrainState(eqx.Module, Generic[D]):
       since_fired: steps since each latent last had a code.
       log_sparsity: the controller's, added to the logarithm of λ.
       l0: running mean of codes per token, which the controller reads.
-      knobs: the run's own numbers; no step changes them.
     """
 
     dictionary: D
@@ -36,7 +37,6 @@ class TrainState(eqx.Module, Generic[D]):
     since_fired: Int[Array, "*layer d_sae"]
     log_sparsity: Float[Array, ""]
     l0: Float[Array, ""]
-    knobs: Knobs
 
     @property
     def sae(self) -> D:
@@ -46,12 +46,40 @@ class TrainState(eqx.Module, Generic[D]):
 
 def default_knobs(config: DictionaryConfig, objective: Objective, train: TrainConfig) -> Knobs:
     """The numbers that the configurations give."""
+    return knobs_of(config.k, objective, train)
+
+
+def knobs_of(k: int, objective: Objective, train: TrainConfig) -> Knobs:
+    """The numbers that an objective and a schedule give, with k codes per token."""
     return Knobs(
         sparsity=jnp.float32(objective.sparsity),
         learning_rate=jnp.float32(train.learning_rate),
-        k=jnp.int32(config.k),
+        k=jnp.int32(k),
         target_l0=jnp.float32(objective.target_l0 or 0.0),
     )
+
+
+def checked_knobs(knobs: Knobs | None, config: DictionaryConfig, objective: Objective, train: TrainConfig) -> Knobs:
+    """The numbers of one run or of several; those of the configurations if not given.
+
+    Raises:
+      InputError: a k that the dictionary has no places for.
+    """
+    if knobs is None:
+        return default_knobs(config, objective, train)
+    least, most = int(jnp.min(knobs.k)), int(jnp.max(knobs.k))
+    if config.activation not in MOVABLE:
+        if not least == most == config.k:
+            raise InputError(
+                f"knobs.k={most if least == config.k else least}, but {config.activation} has the configuration's "
+                f"k={config.k}; only {', '.join(MOVABLE)} take another from knobs"
+            )
+    elif least < 1 or most > config.k:
+        raise InputError(
+            f"knobs.k goes to {most if most > config.k else least}, the configuration has k={config.k} places: "
+            f"knobs.k is from 1 to {config.k}; configure the largest k of all runs"
+        )
+    return knobs
 
 
 def trainable(dictionary: Any, frozen_decoder: bool = False) -> Any:
@@ -89,7 +117,6 @@ def init_state(
     objective: Objective,
     train: TrainConfig,
     *,
-    knobs: Knobs | None = None,
     frozen_decoder: bool = False,
 ) -> TrainState:
     """The state before the first step; it shares no buffer with `dictionary` and is sharded as it is.
@@ -111,5 +138,4 @@ def init_state(
         since_fired=jnp.zeros(dictionary.b_enc.shape, jnp.int32),
         log_sparsity=jnp.zeros(()),
         l0=jnp.zeros(()),
-        knobs=default_knobs(config, objective, train) if knobs is None else knobs,
     )

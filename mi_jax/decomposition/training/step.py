@@ -1,6 +1,5 @@
 """One training step, jitted: static shapes, nothing asked of the host."""
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -13,79 +12,78 @@ from mi_jax.decomposition.activations import BatchTopK, JumpReLU, TopK
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.initial import unit_rows
-from mi_jax.decomposition.objective import Coefficients, Losses, add_at, dead_latents, loss, reads_dead
+from mi_jax.decomposition.objective import Coefficients, Losses, loss, without_dead
 from mi_jax.decomposition.training.adam import adam_update
-from mi_jax.decomposition.training.config import TrainConfig, direction, rate
+from mi_jax.decomposition.training.config import Knobs, TrainConfig, direction, rate
+from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.resample import resample
-from mi_jax.decomposition.training.state import TrainState, trainable
+from mi_jax.decomposition.training.state import TrainState, knobs_of, trainable
 
-METRICS = ("loss", "reconstruction", "penalty", "auxiliary", "fvu", "l0", "dead_fraction", "sparsity", "overflow")
+METRICS = (
+    "loss",
+    "reconstruction",
+    "penalty",
+    "auxiliary",
+    "fvu",
+    "l0",
+    "dead_fraction",
+    "sparsity",
+    "overflow",
+    "rows",
+)
 # of the running mean that the controller reads
 L0_DECAY = 0.95
 
 
 def update(
     state: TrainState,
+    knobs: Knobs,
     x: Float[Array, "token d_in"],
     y: Float[Array, "token d_out"],
     objective: Objective,
     train: TrainConfig,
     frozen_decoder: bool = False,
+    valid: Bool[Array, " token"] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The state after one step on a batch of activations x and targets y, and the scalars that `METRICS` names."""
-    mask = trainable(state.dictionary, frozen_decoder)
-    dictionary = with_k(state, train)
-    params, fixed = eqx.partition(dictionary, mask)
+    """The state after one step on a batch of activations x and targets y, and the scalars that `METRICS` names.
+
+    Every row that is `valid` has the same weight in training, whatever the other rows of its batch: the gradient is
+    that of the mean over these rows times their share of the batch. Metrics are means over them.
+    """
+    dictionary = with_k(state, knobs, train)
     dead = state.since_fired >= train.dead_after
-    coefficients = scheduled(state, objective, train)
+    coefficients = scheduled(state, knobs, objective, train)
 
-    def plain(params, chosen, objective):
-        def of(params):
-            return loss(eqx.combine(params, fixed), x, y, dead, objective, coefficients, chosen)
+    def loss_of(dictionary, places, few):
+        aims = objective if few is not None else without_dead(objective)
+        return loss(dictionary, x, y, dead, aims, coefficients, places, few, valid)
 
-        return jax.value_and_grad(of, has_aux=True)(params)
-
-    def with_dead(params, chosen):
-        # dead latents are few: their gradient is added to the rows that they are, not as arrays of the whole size
-        few, few_fixed = eqx.partition(dead_latents(dictionary, dead, objective), mask)
-
-        def of(both):
-            part = eqx.combine(both[1], few_fixed)
-            return loss(eqx.combine(both[0], fixed), x, y, dead, objective, coefficients, chosen, part)
-
-        value, (grads, some) = jax.value_and_grad(of, has_aux=True)((params, few))
-        return value, add_at(grads, some, dead, objective)
-
-    def value_and_grad(params, chosen):
-        if not reads_dead(objective):
-            return plain(params, chosen, objective)
-        # most steps have no dead latent, and then a program without the term
-        quiet = dataclasses.replace(objective, auxiliary="none")
-        return jax.lax.cond(dead.any(), lambda p: with_dead(p, chosen), lambda p: plain(p, chosen, quiet), params)
-
-    chosen = dictionary.choose(x)
-    if chosen is None:
-        (total, parts), grads = value_and_grad(params, None)
-        fits = jnp.array(True)
-    elif getattr(dictionary.activation, "max_active", None) is None:
-        (total, parts), grads = value_and_grad(params, chosen)
-        fits = chosen.fits
-    else:
-        # the rare batch with more codes than places is computed densely, to the same numbers
-        fits = chosen.fits
-        (total, parts), grads = jax.lax.cond(
-            fits, lambda p: value_and_grad(p, chosen), lambda p: value_and_grad(p, None), params
-        )
-
+    total, parts, grads, fits = gradients(
+        loss_of,
+        dictionary,
+        dictionary.choose(x, valid),
+        bounded=bounded(dictionary),
+        frozen_decoder=frozen_decoder,
+        dead=(dead, objective),
+        weight=None if valid is None else valid.mean(dtype=x.dtype),
+    )
     sparsity = coefficients.sparsity
-    state, metrics = descended(state, dictionary, grads, total, parts, y, sparsity, fits, train, frozen_decoder)
+    state, metrics = descended(
+        state, knobs, dictionary, grads, total, parts, y, sparsity, fits, train, frozen_decoder, valid
+    )
     if train.resample_every and not frozen_decoder:
-        state = resample(state, x, y, objective, train)
+        state = resample(state, x, y, objective, train, valid)
     return state, metrics
+
+
+def bounded(dictionary: Dictionary) -> bool:
+    """Whether a batch may have more codes than there are places for."""
+    return getattr(dictionary.activation, "max_active", None) is not None
 
 
 def descended(
     state: TrainState,
+    knobs: Knobs,
     dictionary: Any,
     grads: Any,
     total: Float[Array, ""],
@@ -95,52 +93,65 @@ def descended(
     fits: Bool[Array, ""],
     train: TrainConfig,
     frozen_decoder: bool = False,
+    valid: Bool[Array, " token"] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after a step along any gradient of a dictionary or cross-layer transcoder, and its metrics.
 
     Args:
       state: before the step.
+      knobs: the run's own numbers.
       dictionary: the state's, with this step's number of codes.
       grads: of the arrays that `trainable` names, None for the others.
       total, parts: the loss.
-      y: what was predicted; the metric `fvu` compares with its variance.
+      y: what was predicted; the metric `fvu` compares with its variance, for which rows that are not valid count with
+        that of normalised activations, so that a batch of one row has one as well.
       sparsity: λ of this step.
       fits: whether the codes had places enough.
       train: the schedule.
       frozen_decoder: leave the decoder as it is.
+      valid: rows that have weight; None for all.
     """
     params, fixed = eqx.partition(dictionary, trainable(dictionary, frozen_decoder))
     if train.decoder == "unit" and not frozen_decoder:
         across = jax.tree.map(_across, grads.w_dec, dictionary.w_dec)
         grads = eqx.tree_at(lambda d: d.w_dec, grads, across)
-    params, moments = _moved(params, grads, state, train)
+    params, moments = _moved(params, grads, state, knobs, train)
     dictionary = eqx.combine(params, fixed)
     dictionary = _constrained(dictionary, parts, train, state.step, frozen_decoder)
+    n, width = y.shape[0], y[0].size
+    if valid is None:
+        rows, share = jnp.asarray(n, y.dtype), 1.0
+        centred = y - y.mean(0)[None]
+        spread = (centred * centred).sum() / n
+    else:
+        rows = valid.sum(dtype=y.dtype)
+        share, weight = rows / n, valid.astype(y.dtype)[:, None]
+        centred = (y - ((y * weight).sum(0) / jnp.maximum(rows, 1.0))[None]) * weight
+        spread = (centred * centred).sum() / n + (1.0 - share) * width
     # of a cross-layer transcoder: per token and layer
-    l0 = parts.fired.sum() / (y.size // y.shape[-1])
-    centred = y - y.mean(0)[None]
+    l0 = parts.fired.sum().astype(y.dtype) / (jnp.maximum(rows, 1.0) * (width // y.shape[-1]))
     dead = state.since_fired >= train.dead_after
     metrics = {
         "loss": total,
         "reconstruction": parts.reconstruction,
         "penalty": parts.penalty,
         "auxiliary": parts.auxiliary,
-        "fvu": parts.error / jnp.maximum((centred * centred).sum() / y.shape[0], 1e-30),
+        "fvu": parts.error / jnp.maximum(spread, 1e-30),
         "l0": l0,
         "dead_fraction": dead.mean(dtype=y.dtype),
         "sparsity": sparsity,
         "overflow": 1.0 - fits.astype(y.dtype),
+        "rows": rows,
     }
     since_fired = jnp.where(parts.fired > 0, 0, state.since_fired + 1)
-    mean_l0 = jnp.where(state.step == 0, l0, L0_DECAY * state.l0 + (1 - L0_DECAY) * l0)
+    mean_l0 = jnp.where(state.step == 0, l0, state.l0 + (1 - L0_DECAY) * share * (l0 - state.l0))
     state = TrainState(
         dictionary=dictionary,
         optimiser=moments,
         step=state.step + 1,
         since_fired=since_fired,
-        log_sparsity=_controlled(state, mean_l0, train),
+        log_sparsity=_controlled(state, knobs, mean_l0, train),
         l0=mean_l0,
-        knobs=state.knobs,
     )
     return state, metrics
 
@@ -153,7 +164,9 @@ def train_step(
     *,
     objective: Objective,
     train: TrainConfig,
+    knobs: Knobs | None = None,
     frozen_decoder: bool = False,
+    valid: Bool[Array, " token"] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimiser step. `state` is donated: its buffers are gone after the call.
 
@@ -163,17 +176,21 @@ def train_step(
       y: what is predicted; None for x.
       objective: the loss.
       train: the schedule.
+      knobs: the run's own numbers; those of the objective and the schedule if not given.
       frozen_decoder: leave the decoder as it is.
+      valid: rows that have weight; None for all. A batch with few of them moves the dictionary by as much less.
 
     Returns:
       The new state and the scalars that `METRICS` names.
     """
-    return update(state, x, x if y is None else y, objective, train, frozen_decoder)
+    if knobs is None:
+        knobs = knobs_of(getattr(state.dictionary.activation, "k", 1), objective, train)
+    return update(state, knobs, x, x if y is None else y, objective, train, frozen_decoder, valid)
 
 
-def _moved(params: PyTree, grads: PyTree, state: TrainState, train: TrainConfig) -> tuple[PyTree, PyTree]:
+def _moved(params: PyTree, grads: PyTree, state: TrainState, knobs: Knobs, train: TrainConfig) -> tuple[PyTree, PyTree]:
     """Parameters and moments after one update."""
-    step_size = state.knobs.learning_rate * jnp.asarray(rate(train)(state.step), jnp.float32)
+    step_size = knobs.learning_rate * jnp.asarray(rate(train)(state.step), jnp.float32)
     if train.optimiser == "adam" and train.clip is None:
         return adam_update(grads, state.optimiser, params, step_size, b1=train.b1, b2=train.b2)
     # optax raises its decay rates to the power of an integer count, which strict dtype promotion would refuse
@@ -182,22 +199,22 @@ def _moved(params: PyTree, grads: PyTree, state: TrainState, train: TrainConfig)
     return jax.tree.map(lambda p, u: p - step_size * u, params, updates), moments
 
 
-def with_k(state: TrainState[Dictionary], train: TrainConfig) -> Dictionary:
+def with_k(state: TrainState[Dictionary], knobs: Knobs, train: TrainConfig) -> Dictionary:
     """The dictionary with this step's number of codes."""
     activation = state.dictionary.activation
     if not isinstance(activation, TopK | BatchTopK) or activation.k_now is None:
         return state.dictionary
-    k = state.knobs.k.astype(jnp.float32)
+    k = knobs.k.astype(jnp.float32)
     if train.k_start is not None:
         done = jnp.minimum(state.step.astype(jnp.float32) / max(train.k_steps, 1), 1.0)
         k = train.k_start + (k - train.k_start) * done
     return eqx.tree_at(lambda d: d.activation.k_now, state.dictionary, jnp.round(k).astype(jnp.int32))
 
 
-def scheduled(state: TrainState, objective: Objective, train: TrainConfig) -> Coefficients:
+def scheduled(state: TrainState, knobs: Knobs, objective: Objective, train: TrainConfig) -> Coefficients:
     """The numbers of the loss at the state's step."""
     step = state.step.astype(jnp.float32)
-    sparsity = state.knobs.sparsity * jnp.exp(state.log_sparsity)
+    sparsity = knobs.sparsity * jnp.exp(state.log_sparsity)
     if train.sparsity_warmup_steps:
         sparsity = sparsity * jnp.minimum((step + 1) / train.sparsity_warmup_steps, 1.0)
     start = objective.p_start * train.steps
@@ -205,11 +222,11 @@ def scheduled(state: TrainState, objective: Objective, train: TrainConfig) -> Co
     return Coefficients(sparsity=sparsity, p=1.0 + (objective.p - 1.0) * done)
 
 
-def _controlled(state: TrainState, l0: Array, train: TrainConfig) -> Array:
+def _controlled(state: TrainState, knobs: Knobs, l0: Array, train: TrainConfig) -> Array:
     """Integral control: log λ moves by the gain times the logarithm of L0 / target."""
     if not train.control:
         return state.log_sparsity
-    wrong = jnp.log(jnp.maximum(l0, 1e-3) / jnp.maximum(state.knobs.target_l0, 1e-3))
+    wrong = jnp.log(jnp.maximum(l0, 1e-3) / jnp.maximum(knobs.target_l0, 1e-3))
     return state.log_sparsity + train.control * jnp.clip(wrong, -1.0, 1.0)
 
 

@@ -1,8 +1,11 @@
 """Shuffled batches from a store, with the interface of `ActivationStream`."""
 
 import concurrent.futures
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,6 +47,27 @@ class StoreSource:
         """By site, the shape and type of one row."""
         columns = by_name(self.store.buffers(0, self.sites))
         return {site: jax.ShapeDtypeStruct(columns[site].shape[1:], columns[site].dtype) for site in self.sites}
+
+    def layers(self) -> dict[str, int | tuple[int, ...] | None]:
+        """By site, the layer that a row holds, or those along its first axis."""
+        held, shapes = dict(self.store.description["sites"]), self.shapes()
+        every = {}
+        for site in self.sites:
+            shape = shapes[site].shape
+            all_layers = tuple(range(shape[0])) if len(shape) > 1 else None
+            layers = held[site]
+            every[site] = all_layers if layers is None else tuple(layers) if isinstance(layers, list) else layers
+        return every
+
+    def identity(self) -> dict[str, Any]:
+        """What was written, and the checksums of what is read."""
+        shards = [(shard.name, shard.n_rows, sorted(shard.crc32.items())) for shard in self.store.shards]
+        return {
+            "store": json.loads(json.dumps(self.store.description)),
+            "shards": hashlib.blake2b(repr(shards).encode(), digest_size=16).hexdigest(),
+            "sites": list(self.sites),
+            "piece_rows": self.piece_rows,
+        }
 
     def failure(self, unit: int) -> str:
         return f"{self.store.path}: {self.pieces[unit]} is not finite"

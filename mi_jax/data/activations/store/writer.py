@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import At
 from mi_jax.core.transforms import SiteModel
+from mi_jax.data.activations.massive import massive_limit
 from mi_jax.data.activations.permutation import permute_host
 from mi_jax.data.activations.source import ModelSource, has_layer_axis
 from mi_jax.data.activations.store import layout
@@ -208,7 +210,10 @@ def _thresholds(rows: Columns, source: ModelSource, outlier_ratio: float | None)
         return {}
     table = source.model.site_table
     return {
-        spec.site: (outlier_ratio * np.median(_norms(rows[spec.site], has_layer_axis(table, spec)), axis=0)).tolist()
+        spec.site: [
+            float(massive_limit(jnp.asarray(sizes), outlier_ratio))
+            for sizes in _norms(rows[spec.site], has_layer_axis(table, spec)).T
+        ]
         for spec in source.sites
     }
 
