@@ -65,10 +65,10 @@ from experiments.bench.harness import Measurement, keep_to_cores, limited, run_m
 from experiments.bench.peer import run_script
 from experiments.bench.setting import TOKENS, Setting, setting
 from experiments.bench.timing import Disturbance, cold_seconds, ratios, seconds
-from mi_jax.circuits.ablation import ablation_values
-from mi_jax.circuits.faithfulness import FRACTIONS, faithfulness, sizes, top_edges
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.paths import reverse_topological
+from mi_jax.circuits.metrics.faithfulness import FRACTIONS, faithfulness, sizes, top_edges
 from mi_jax.circuits.runs.exact import exact_edges
 from mi_jax.circuits.scores import edge_scores
 from mi_jax.circuits.search.acdc import acdc

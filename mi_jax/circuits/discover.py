@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from mi_jax.circuits.faithfulness import faithfulness
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.selection import Rule, circuit_of_size, select_edges
+from mi_jax.circuits.metrics.faithfulness import faithfulness
 from mi_jax.circuits.scores import METHODS, edge_scores
 from mi_jax.circuits.search import acdc, learn_mask
 from mi_jax.circuits.search.learned import MASK_METHODS, MaskMethod

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool
 
-from mi_jax.circuits.faithfulness import random_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.metrics.faithfulness import random_edges
 
 Edges = Bool[np.ndarray, "source reader"]
 

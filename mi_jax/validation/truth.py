@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from mi_jax.circuits.faithfulness import faithfulness
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.metrics.faithfulness import faithfulness
 from mi_jax.circuits.scores import edge_scores
 from mi_jax.core.transforms import jit
 from mi_jax.data.task import Task

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mi_jax.circuits.ablation import ablation_values
+from mi_jax.circuits.ablation.means import source_means
+from mi_jax.circuits.ablation.optimal import optimal_ablation
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.means import source_means
-from mi_jax.circuits.measures import kl_divergence
-from mi_jax.circuits.optimal import optimal_ablation
+from mi_jax.circuits.runs.divergence import kl_divergence
 from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.core.errors import InputError

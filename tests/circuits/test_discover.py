@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits.discover import discover
-from mi_jax.circuits.faithfulness import faithfulness
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.selection import circuit_of_size
+from mi_jax.circuits.metrics.faithfulness import faithfulness
 from mi_jax.circuits.runs.exact import exact_edges
 from mi_jax.core.errors import InputError
 from mi_jax.models import init_decoder

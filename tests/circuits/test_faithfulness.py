@@ -21,7 +21,7 @@ from mi_jax.circuits import (
     random_edges,
     top_edges,
 )
-from mi_jax.circuits.faithfulness import pruned, sizes
+from mi_jax.circuits.metrics.faithfulness import pruned, sizes
 from mi_jax.core.errors import InputError
 from mi_jax.data import TaskWarning
 from tests.circuits.tiny_task import model, task

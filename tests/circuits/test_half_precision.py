@@ -15,9 +15,9 @@ import scipy.special
 from mi_jax.circuits import METHODS, Graph, ablation_values, edge_scores, exact_edges, faithfulness, kl_divergence
 from mi_jax.circuits.das import Triples, fit_das
 from mi_jax.circuits.metrics import circuit_metrics, completeness, hypothesis_tests, minimality
-from mi_jax.circuits.neuron_runs import neuron_faithfulness
-from mi_jax.circuits.neurons import neuron_scores, random_neurons
-from mi_jax.circuits.nodes import node_scores
+from mi_jax.circuits.runs.neurons import neuron_faithfulness
+from mi_jax.circuits.scores.neurons import neuron_scores, random_neurons
+from mi_jax.circuits.scores.nodes import node_scores
 from mi_jax.circuits.scrubbing import Hypothesis, Interpretation, Read, causal_scrub
 from mi_jax.circuits.search import acdc, learn_mask
 from mi_jax.circuits.search.learned import MASK_METHODS, MaskTraining

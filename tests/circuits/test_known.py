@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.known import IOI_HEADS, induction_circuit, known_circuit
+from mi_jax.circuits.graph.known import IOI_HEADS, induction_circuit, known_circuit
 from mi_jax.core.errors import InputError
 
 GPT2 = Graph(12, 12, 12, True)

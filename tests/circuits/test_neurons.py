@@ -7,9 +7,9 @@ import pytest
 
 import mi_jax as mi
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.neuron_runs import neuron_curve, neuron_faithfulness, neuron_runs
-from mi_jax.circuits.neurons import Neurons, neuron_scores, random_neurons, top_neurons
-from mi_jax.circuits.nodes import node_scores
+from mi_jax.circuits.runs.neurons import neuron_curve, neuron_faithfulness, neuron_runs
+from mi_jax.circuits.scores.neurons import Neurons, neuron_scores, random_neurons, top_neurons
+from mi_jax.circuits.scores.nodes import node_scores
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import CONFIG, model, task
 from tests.models.tiny_families import family

@@ -7,8 +7,8 @@ import pytest
 
 import mi_jax as mi
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.nodes import node_circuit, node_scores, top_nodes
 from mi_jax.circuits.runs.masked import masked_forward, source_outputs
+from mi_jax.circuits.scores.nodes import node_circuit, node_scores, top_nodes
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import CONFIG, model, task
 

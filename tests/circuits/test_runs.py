@@ -6,7 +6,7 @@ import pytest
 import scipy.special
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.runs import circuit_runs
+from mi_jax.circuits.runs.circuits import circuit_runs
 from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.circuits.runs.program import run_circuits
 from mi_jax.circuits.runs.sources import source_outputs

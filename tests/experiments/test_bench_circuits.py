@@ -29,7 +29,7 @@ from experiments.bench.circuits_setting import (
 )
 from experiments.bench.peer import dependencies
 from experiments.bench.setting import SMOKE, Setting, setting
-from mi_jax.circuits.ablation import ablation_values
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.runs.exact import exact_edges
 from mi_jax.circuits.scores import edge_scores

@@ -13,11 +13,11 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Bool, Float
 
-from mi_jax.circuits.faithfulness import normalized, over_prompts, with_ends
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.metrics.controls import random_circuits
+from mi_jax.circuits.metrics.faithfulness import normalized, over_prompts, with_ends
 from mi_jax.circuits.metrics.multiple import holm
-from mi_jax.circuits.runs import circuit_runs
+from mi_jax.circuits.runs.circuits import circuit_runs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, Null, bootstrap_mean

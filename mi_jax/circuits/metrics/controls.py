@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from mi_jax.circuits.faithfulness import Prune, pruned, random_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.metrics.faithfulness import Prune, pruned, random_edges
 from mi_jax.core.errors import InputError
 
 Mask = Bool[np.ndarray, "source reader"]

@@ -6,9 +6,9 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Array, Bool
 
-from mi_jax.circuits.faithfulness import random_edges
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.metrics.controls import path_circuit
+from mi_jax.circuits.metrics.faithfulness import random_edges
 from mi_jax.circuits.metrics.hypotheses import (
     ALPHA,
     HypothesisTest,
@@ -20,7 +20,7 @@ from mi_jax.circuits.metrics.hypotheses import (
     partial_necessity_test,
     sufficiency_test,
 )
-from mi_jax.circuits.runs import circuit_runs
+from mi_jax.circuits.runs.circuits import circuit_runs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder

@@ -14,9 +14,9 @@ import math
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.circuits.faithfulness import FRACTIONS
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.selection import pruned, select_edges
+from mi_jax.circuits.metrics.faithfulness import FRACTIONS
 from mi_jax.core.errors import InputError
 from mi_jax.decomposition.evaluation.estimates import Estimate, generator
 

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mi_jax.circuits.ablation import ablation_values
-from mi_jax.circuits.faithfulness import FRACTIONS, Curve, curve_of, pruned, sizes, top_edges, with_ends
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.selection import Rule
 from mi_jax.circuits.metrics.completeness import Completeness, Minimality, completeness, minimality
 from mi_jax.circuits.metrics.controls import KINDS, random_circuits
+from mi_jax.circuits.metrics.faithfulness import FRACTIONS, Curve, curve_of, pruned, sizes, top_edges, with_ends
 from mi_jax.circuits.metrics.hypothesis_runs import HypothesisTests, hypothesis_tests
 from mi_jax.circuits.metrics.ranking import EdgeRanking, edge_ranking
 from mi_jax.circuits.metrics.single import CircuitMetrics, Compared, circuit_metrics

@@ -11,9 +11,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mi_jax.circuits.faithfulness import normalized, over_prompts, with_ends
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.metrics.controls import random_circuits
+from mi_jax.circuits.metrics.faithfulness import normalized, over_prompts, with_ends
 from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, Null, bootstrap_mean
 from mi_jax.models.decoder import Decoder

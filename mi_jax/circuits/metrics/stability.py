@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.circuits.faithfulness import Select, top_edges
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.selection import Rule
+from mi_jax.circuits.metrics.faithfulness import Select, top_edges
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task
 from mi_jax.decomposition.evaluation.estimates import Estimate, Null, generator

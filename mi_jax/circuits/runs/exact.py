@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.circuits.ablation import ablation_values
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.runs.answer import AnswerLayout
 from mi_jax.circuits.runs.exact_from_base import exact_from_base

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.measures import kl_divergence, prediction
+from mi_jax.circuits.runs.divergence import kl_divergence, prediction
 from mi_jax.circuits.runs.masked import embedded, head_logits, masked_stream
 from mi_jax.data.task import Task
 from mi_jax.models.decoder import Decoder

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mi_jax.circuits.ablation import ablation_values
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.selection import Rule
 from mi_jax.circuits.runs.exact import exact_edges

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mi_jax.circuits.ablation import ablation_values
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.graph.selection import select_edges
 from mi_jax.circuits.runs.masked import masked_forward

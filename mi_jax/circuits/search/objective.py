@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mi_jax.circuits.measures import kl_divergence
+from mi_jax.circuits.runs.divergence import kl_divergence
 from mi_jax.core.errors import InputError
 from mi_jax.core.precision import widened
 from mi_jax.data.task import Task

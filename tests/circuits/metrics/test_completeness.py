@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mi_jax.circuits.faithfulness import faithfulness
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.metrics.completeness import completeness, minimality, paired_p_values, parts, random_knockouts
+from mi_jax.circuits.metrics.faithfulness import faithfulness
 from mi_jax.circuits.metrics.multiple import holm
 from mi_jax.circuits.metrics.single import circuit_metrics
 from mi_jax.core.errors import InputError

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mi_jax.circuits.faithfulness import random_edges
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.metrics.controls import path_circuit
+from mi_jax.circuits.metrics.faithfulness import random_edges
 from mi_jax.circuits.metrics.hypotheses import (
     equivalence_test,
     independence_test,
@@ -17,7 +17,7 @@ from mi_jax.circuits.metrics.hypotheses import (
     sufficiency_test,
 )
 from mi_jax.circuits.metrics.hypothesis_runs import hypothesis_tests
-from mi_jax.circuits.runs import circuit_runs
+from mi_jax.circuits.runs.circuits import circuit_runs
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import model
 from tests.circuits.wide_task import task

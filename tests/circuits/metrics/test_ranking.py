@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mi_jax.circuits.faithfulness import pruned, top_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.metrics.faithfulness import pruned, top_edges
 from mi_jax.circuits.metrics.ranking import edge_ranking, mib_auroc
 from mi_jax.core.errors import InputError
 

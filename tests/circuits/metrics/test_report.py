@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mi_jax.circuits.faithfulness import curve, faithfulness
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.metrics import evaluate_circuit
+from mi_jax.circuits.metrics.faithfulness import curve, faithfulness
 from mi_jax.core.errors import InputError
 from tests.circuits.tiny_task import model
 from tests.circuits.wide_task import task

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from mi_jax.circuits.faithfulness import random_edges, top_edges
 from mi_jax.circuits.graph import Graph
+from mi_jax.circuits.metrics.faithfulness import random_edges, top_edges
 from mi_jax.circuits.metrics.stability import (
     bootstrap_stability,
     group_stability,

@@ -1,6 +1,6 @@
 """Circuits of neurons: the units of `attn.z` in every head and of `mlp.post`.
 
-Scores are positive where a neuron supports the metric. `mi_jax.circuits.neuron_runs` runs circuits of neurons.
+Scores are positive where a neuron supports the metric. `mi_jax.circuits.runs.neurons` runs circuits of neurons.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.nodes import node_circuit
+from mi_jax.circuits.scores.nodes import node_circuit
 from mi_jax.core.attribution import attribute
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task

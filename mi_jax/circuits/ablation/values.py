@@ -1,7 +1,7 @@
 """Ablation values: what a corrupted edge carries instead of what its source wrote.
 
 Resampled values are those of the task's corrupt prompts. Means are over real tokens only, one vector a source, or one
-for every position of a source. Optimal values are in `mi_jax.circuits.optimal`.
+for every position of a source. Optimal values are in `mi_jax.circuits.ablation.optimal`.
 """
 
 from typing import Literal, get_args
@@ -10,10 +10,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mi_jax.circuits.ablation.means import source_means
+from mi_jax.circuits.ablation.optimal import held_out_constants
+from mi_jax.circuits.ablation.optimal import optimal_ablation as optimal_ablation
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.means import source_means
-from mi_jax.circuits.optimal import held_out_constants
-from mi_jax.circuits.optimal import optimal_ablation as optimal_ablation
 from mi_jax.circuits.runs.sources import source_outputs
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task

@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
+from mi_jax.circuits.ablation.means import source_means
 from mi_jax.circuits.graph import Graph
-from mi_jax.circuits.means import source_means
-from mi_jax.circuits.measures import kl_divergence
+from mi_jax.circuits.runs.divergence import kl_divergence
 from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.core.errors import InputError
 from mi_jax.data.task import Task

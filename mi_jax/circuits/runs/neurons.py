@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mi_jax.circuits.faithfulness import FRACTIONS, Curve, normalized
 from mi_jax.circuits.graph.selection import Select
-from mi_jax.circuits.neurons import NEURON_SITES, Neurons, checked_for_neurons, random_neurons, top_neurons
-from mi_jax.circuits.runs import CircuitRuns
+from mi_jax.circuits.metrics.faithfulness import FRACTIONS, Curve, normalized
 from mi_jax.circuits.runs.answer import AnswerLayout
+from mi_jax.circuits.runs.circuits import CircuitRuns
 from mi_jax.circuits.runs.program import compared
+from mi_jax.circuits.scores.neurons import NEURON_SITES, Neurons, checked_for_neurons, random_neurons, top_neurons
 from mi_jax.core.errors import InputError
 from mi_jax.core.precision import widened
 from mi_jax.data.task import Task

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mi_jax.circuits.ablation import ablation_values
+from mi_jax.circuits.ablation.values import ablation_values
 from mi_jax.circuits.graph import Graph
 from mi_jax.circuits.runs.masked import masked_forward
 from mi_jax.core.errors import InputError

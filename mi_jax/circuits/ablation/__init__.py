@@ -1,0 +1,1 @@
+"""What ablated edges carry: another run, zero, means, or constants that were fitted."""
