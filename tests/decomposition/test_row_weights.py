@@ -17,7 +17,7 @@ D, D_SAE, K, ROWS = 6, 32, 3, 9
 DEAD = jnp.asarray(np.arange(D_SAE) % 3 == 0)
 VALID = np.array([1, 0, 1, 1, 0, 0, 1, 1, 1], bool)
 # the others are the same code in other combinations
-QUICK = ("batchtopk", "jumprelu", "switch")
+QUICK = ("batchtopk", "jumprelu")
 
 
 @functools.partial(jax.jit, static_argnames="objective")

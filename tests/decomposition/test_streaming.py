@@ -122,19 +122,15 @@ def test_the_last_batch_of_an_epoch_has_the_weight_of_its_rows(model, tokens):
         assert np.abs(curve["fvu"][short + 1 : short + 4] - curve["fvu"][short - 3 : short]).max() < 0.5, name
 
 
-def test_each_layer_of_one_stream_trains_as_from_a_stream_of_its_own(model, tokens):
-    config, objective = architecture("topk", WIDTH, 32, k=3)
+def test_each_layer_of_one_stream_trains_as_from_a_stream_of_its_own(model, tokens, whole):
+    topk = trainings()["topk"]
     options = {"batch_size": BATCH, "buffer_size": 4 * BATCH, "contexts_per_chunk": 8, "outlier_ratio": None}
-
-    def trained(layers, wanted):
-        stream = ActivationStream(model, tokens, mi.at("resid_post", layers=layers), key=jax.random.key(3), **options)
-        return fit_stream(stream, {f"{spec}": Training(config, objective, TRAIN, reads=(spec,)) for spec in wanted})[0]
-
-    both = trained((0, 2), [mi.at("resid_post", layers=n) for n in (0, 2)])
-    alone = trained(2, [mi.at("resid_post", layers=2)])
-    (name,) = alone
-    np.testing.assert_allclose(both[name].w_dec, alone[name].w_dec, atol=1e-4)
-    assert np.abs(np.asarray(both[name].w_dec - both[next(iter(both))].w_dec)).max() > 0.1
+    stream = ActivationStream(model, tokens, mi.at("resid_post", layers=(0, 1)), key=jax.random.key(3), **options)
+    each = {f"{n}": dataclasses.replace(topk, reads=(mi.at("resid_post", layers=n),)) for n in (0, 1)}
+    found, _ = fit_stream(stream, each)
+    # the other stream has layer 1 alone
+    np.testing.assert_allclose(found["1"].w_dec, whole[0]["topk"].w_dec, atol=1e-4)
+    assert np.abs(np.asarray(found["0"].w_dec - found["1"].w_dec)).max() > 0.1
 
 
 def test_a_layer_that_the_stream_lacks_is_named(model, tokens):
