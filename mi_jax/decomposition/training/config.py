@@ -32,7 +32,7 @@ class TrainConfig:
       control: gain of the controller that moves λ until L0 is the objective's `target_l0`; 0 for none.
       resample_every: steps between which dead latents are drawn anew from badly reconstructed tokens; 0 for never.
       resample_until: no resampling after this fraction of the steps.
-      threshold_rate: weight of a batch in the running mean of BatchTopK's smallest code.
+      threshold_rate: weight of a batch in the running mean of BatchTopK's smallest code, while it trains.
       steps_per_call: optimiser steps per compiled call, at most; a call ends with its epoch.
       massive_ratio: `fit` refuses activations with a norm over this many times the median; None lets them pass.
     """

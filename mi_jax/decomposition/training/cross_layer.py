@@ -14,14 +14,15 @@ from mi_jax.core.errors import InputError
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.cross_layer import CrossLayerTranscoder
 from mi_jax.decomposition.cross_layer_config import CrossLayerConfig, check_cross_layer, init_cross_layer
-from mi_jax.decomposition.cross_layer_loss import bounded, choose, cross_layer_loss, decode, encode
+from mi_jax.decomposition.cross_layer_loss import bounded, choose, cross_layer_loss, decode, encode, largest_codes
 from mi_jax.decomposition.massive import massive
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
-from mi_jax.decomposition.training.fit import History, Report, history_of, run_steps
+from mi_jax.decomposition.training.fit import History, Report, history_of, last_pass, run_steps
 from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.source import normalisation
 from mi_jax.decomposition.training.state import TrainState, init_state
 from mi_jax.decomposition.training.step import descended, scheduled
+from mi_jax.decomposition.training.threshold import settled
 
 
 class LayersInMemory(eqx.Module):
@@ -139,7 +140,8 @@ def fit_cross_layer(
     current, history = run_steps(
         current, source, k_order, objective, train, frozen_decoder, progress, one_step=cross_layer_step
     )
-    return fold_layer_scales(current.dictionary, scale_x, scale_y), history_of(history)
+    transcoder = settled(current.dictionary, last_pass(source, k_order, train), largest_codes)
+    return fold_layer_scales(transcoder, scale_x, scale_y), history_of(history)
 
 
 def fold_layer_scales(

@@ -18,7 +18,7 @@ from mi_jax.decomposition.dictionary import Dictionary, fold_scale
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.continuation import Continuation
 from mi_jax.decomposition.training.end_to_end_loss import Clean, EndToEnd, EndToEndLosses, end_to_end_loss
-from mi_jax.decomposition.training.fit import History, Report, finished, history_of, run_steps, start_from
+from mi_jax.decomposition.training.fit import History, Report, finished, history_of, last_pass, run_steps, start_from
 from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.resample import resample
 from mi_jax.decomposition.training.source import normalisation
@@ -69,18 +69,23 @@ class InModel(eqx.Module):
     def clean(self, step: Int[Array, ""]) -> Clean:
         """The model's own run on the batch of a step."""
         tokens, mask, read, value, used = self.activations(step)
+        logits, later = self.rest(value, tokens, mask)
+        x, y = self._rows(read, used, self.scale_x), self._rows(value, used, self.scale_y)
+        return Clean(tokens, mask, value, used, x, y, logits, later)
+
+    @eqx.filter_jit
+    def read(self, step: Int[Array, ""]) -> Float[Array, "token d_in"]:
+        """What the dictionary reads in the batch of a step, normalised, without the model's run after it."""
+        _, _, read, _, used = self.activations(step)
+        return self._rows(read, used, self.scale_x)
+
+    def _rows(self, a: Array, used: Array, scale: Array) -> Array:
+        """A row per token, where those that are not replaced have the rows of others in turn: no loss needs a mask."""
         flat = used[:, self.skip_positions :].reshape(-1)
-        # rows that are not replaced are filled with those that are, in turn, so that no loss needs a mask
         order = jnp.argsort(~flat, stable=True)
         places = jnp.arange(flat.shape[0])
         source = jnp.where(flat, places, order[places % jnp.maximum(flat.sum(dtype=places.dtype), 1)])
-
-        def rows(a, scale):
-            return a[:, self.skip_positions :].reshape(flat.shape[0], -1)[source].astype(scale.dtype) * scale
-
-        logits, later = self.rest(value, tokens, mask)
-        x, y = rows(read, self.scale_x), rows(value, self.scale_y)
-        return Clean(tokens, mask, value, used, x, y, logits, later)
+        return a[:, self.skip_positions :].reshape(flat.shape[0], -1)[source].astype(scale.dtype) * scale
 
     def _name(self, site: str) -> str:
         return self.rest.model.site_table.resolve(site)[0].name
@@ -209,7 +214,8 @@ def fit_end_to_end(
         one_step=end_to_end_step,
         names=END_TO_END_METRICS,
     )
-    return finished(current, scale_x, scale_y if config.transcoder else None), history_of(history)
+    batches = last_pass(source, k_order, train, InModel.read)
+    return finished(current, scale_x, scale_y if config.transcoder else None, batches), history_of(history)
 
 
 def _sample(source: InModel, config: DictionaryConfig, train: TrainConfig) -> tuple[Array, Array, Array]:

@@ -18,6 +18,7 @@ from mi_jax.decomposition.training.adam import adam_update
 from mi_jax.decomposition.training.config import TrainConfig, direction, rate
 from mi_jax.decomposition.training.resample import resample
 from mi_jax.decomposition.training.state import TrainState, trainable
+from mi_jax.decomposition.training.threshold import running
 
 METRICS = ("loss", "reconstruction", "penalty", "auxiliary", "fvu", "l0", "dead_fraction", "sparsity", "overflow")
 # of the running mean that the controller reads
@@ -228,8 +229,6 @@ def _constrained(dictionary: Any, parts: Losses, train: TrainConfig, step: Array
     if isinstance(activation, JumpReLU):
         return eqx.tree_at(lambda d: d.activation.threshold, dictionary, jnp.maximum(activation.threshold, 0.0))
     if isinstance(activation, BatchTopK):
-        old = activation.threshold
-        seen = jnp.where(jnp.isfinite(parts.smallest), parts.smallest, old)
-        new = jnp.where(step == 0, seen, old + train.threshold_rate * (seen - old))
+        new = running(activation.threshold, parts.smallest, step, train.threshold_rate)
         return eqx.tree_at(lambda d: d.activation.threshold, dictionary, new)
     return dictionary

@@ -6,7 +6,7 @@ call per `steps_per_call` steps, so nothing is asked of the host between them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import equinox as eqx
@@ -26,6 +26,7 @@ from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.fit import finished, start_from, train_steps
 from mi_jax.decomposition.training.source import normalisation
 from mi_jax.decomposition.training.state import TrainState
+from mi_jax.decomposition.training.threshold import TOKENS
 
 Curves = dict[str, np.ndarray]
 # batches over which mean and scale of the activations are estimated
@@ -163,10 +164,22 @@ def fit_stream(
             if checkpoints is not None and (step % checkpoint_every == 0 or step == first.steps):
                 checkpoints.save(step, runs, curves)
     done = {
-        name: finished(runs[name].state, runs[name].scale_x, runs[name].scale_y if training.writes else None)
+        name: finished(
+            runs[name].state,
+            runs[name].scale_x,
+            runs[name].scale_y if training.writes else None,
+            _read(stream, training, runs[name].scale_x),
+        )
         for name, training in trainings.items()
     }
     return done, curves
+
+
+def _read(stream: Shuffled, training: Training, scale: Array) -> Iterator[Array]:
+    """What a training reads in the stream's first batches, normalised."""
+    rows = stream.take(min(-(-TOKENS // stream.batch_size), stream.steps_per_epoch))
+    for step in range(rows.valid.shape[0]):
+        yield columns(with_weight(jax.tree.map(lambda a: a[step], rows)), training.reads) * scale  # noqa: B023
 
 
 def _next(step: int, every: int) -> int:
