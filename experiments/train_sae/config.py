@@ -94,7 +94,6 @@ class TrainSAEConfig:
             learning_rate=self.learning_rate,
             warmup_steps=min(50, self.steps),
             optimiser=self.optimiser,  # type: ignore[arg-type]
-            dead_after=max(1, min(40, self.steps // 4)),
             control=0.0 if self.counted else 0.02,
             massive_ratio=None,
         )

@@ -25,7 +25,7 @@ class TrainConfig:
       b1, b2: decay rates of the moments.
       clip: largest global norm of a gradient; None for no limit.
       decoder: `unit`, rows keep norm 1 and gradients lose their part along them; `free`.
-      dead_after: steps without firing after which a latent counts as dead.
+      dead_after: tokens without firing after which a latent counts as dead.
       sparsity_warmup_steps: steps over which λ rises linearly from zero.
       k_start: places per token at the first step, falling linearly to k over `k_steps`; None for k from the start.
       k_steps: see `k_start`.
@@ -47,7 +47,7 @@ class TrainConfig:
     b2: float = 0.99
     clip: float | None = None
     decoder: Literal["unit", "free"] = "unit"
-    dead_after: int = 20
+    dead_after: int = 20_000
     sparsity_warmup_steps: int = 0
     k_start: int | None = None
     k_steps: int = 0

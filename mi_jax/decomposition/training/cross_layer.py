@@ -16,6 +16,7 @@ from mi_jax.decomposition.cross_layer import CrossLayerTranscoder
 from mi_jax.decomposition.cross_layer_config import CrossLayerConfig, check_cross_layer, init_cross_layer
 from mi_jax.decomposition.cross_layer_loss import bounded, choose, cross_layer_loss, decode, encode, largest_codes
 from mi_jax.decomposition.massive import massive
+from mi_jax.decomposition.objective import in_turn
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.fit import History, Report, history_of, last_pass, run_steps
 from mi_jax.decomposition.training.gradients import gradients
@@ -66,7 +67,7 @@ def cross_layer_step(
     `l0` counts codes per token and layer; `fvu` is over all layers together.
     """
     x, y = source.batch(state.step)
-    dead = state.since_fired >= train.dead_after
+    dead = in_turn(state.since_fired >= train.dead_after, objective.aux_candidates, state.step)
     coefficients = scheduled(state, objective, train)
 
     def loss_of(transcoder, chosen):

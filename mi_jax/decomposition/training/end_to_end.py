@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mi_jax.core.errors import InputError
 from mi_jax.decomposition.config import DictionaryConfig, check_combination
 from mi_jax.decomposition.dictionary import Dictionary, fold_scale
+from mi_jax.decomposition.objective import in_turn
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.continuation import Continuation
 from mi_jax.decomposition.training.end_to_end_loss import Clean, EndToEnd, EndToEndLosses, end_to_end_loss
@@ -100,7 +101,7 @@ def end_to_end_step(
 ) -> tuple[TrainState[Dictionary], dict[str, Array]]:
     """The state after one step on the source's contexts, and the scalars that `END_TO_END_METRICS` names."""
     clean = source.clean(state.step)
-    dead = state.since_fired >= train.dead_after
+    dead = in_turn(state.since_fired >= train.dead_after, objective.codes.aux_candidates, state.step)
     coefficients = scheduled(state, objective.codes, train)
 
     def loss_of(dictionary, chosen):

@@ -13,7 +13,7 @@ from mi_jax.decomposition.activations import BatchTopK, JumpReLU, TopK
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.initial import unit_rows
-from mi_jax.decomposition.objective import Coefficients, Losses, add_at, dead_latents, loss, reads_dead
+from mi_jax.decomposition.objective import Coefficients, Losses, add_at, dead_latents, in_turn, loss, reads_dead
 from mi_jax.decomposition.training.adam import adam_update
 from mi_jax.decomposition.training.config import TrainConfig, direction, rate
 from mi_jax.decomposition.training.resample import resample
@@ -37,7 +37,7 @@ def update(
     mask = trainable(state.dictionary, frozen_decoder)
     dictionary = with_k(state, train)
     params, fixed = eqx.partition(dictionary, mask)
-    dead = state.since_fired >= train.dead_after
+    dead = in_turn(state.since_fired >= train.dead_after, objective.aux_candidates, state.step)
     coefficients = scheduled(state, objective, train)
 
     def plain(params, chosen, objective):
@@ -132,7 +132,9 @@ def descended(
         "sparsity": sparsity,
         "overflow": 1.0 - fits.astype(y.dtype),
     }
-    since_fired = jnp.where(parts.fired > 0, 0, state.since_fired + 1)
+    # no more than is asked for, so that a long training does not overflow
+    tokens = jnp.minimum(state.since_fired, train.dead_after) + y.shape[0]
+    since_fired = jnp.where(parts.fired > 0, 0, tokens)
     mean_l0 = jnp.where(state.step == 0, l0, L0_DECAY * state.l0 + (1 - L0_DECAY) * l0)
     state = TrainState(
         dictionary=dictionary,
