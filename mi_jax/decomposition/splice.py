@@ -12,8 +12,8 @@ from mi_jax.decomposition.dictionary import Dictionary
 class Splice(eqx.Module):
     """Replaces activations by a dictionary's reconstruction from edited codes.
 
-    With ŷ(x, z) the reconstruction of x from codes z, the value with the error term is `x + ŷ(x, edit(z)) − ŷ(x, z)`: an
-    edit that changes no code changes nothing, and what an edit changes is what it says. Without it, it is
+    With ŷ(x, z) the reconstruction of x from codes z, the value with the error term is `x + ŷ(x, edit(z)) − ŷ(x, z)`:
+    an edit that changes no code changes nothing, and what an edit changes is what it says. Without it, it is
     `ŷ(x, edit(z))`, which is the dictionary's own call where the codes stay.
 
     Attributes:

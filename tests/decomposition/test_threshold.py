@@ -37,17 +37,17 @@ def l0(dictionary, x) -> float:
 
 
 # (first k, part of the steps over which it falls); None: k from the start
-SCHEDULES = {"constant": {}, "falls early": {"k_start": 16, "part": 0.5}, "falls to the end": {"k_start": 16, "part": 1}}
+SCHEDULES = {
+    "constant": {},
+    "falls early": {"k_start": 16, "part": 0.5},
+    "falls to the end": {"k_start": 16, "part": 1},
+}
 QUICK = [(120, "constant"), (120, "falls to the end"), (300, "falls early")]
 
 
 @pytest.mark.parametrize(
     ("steps", "schedule"),
-    [
-        pytest.param(n, s, marks=() if (n, s) in QUICK else pytest.mark.slow)
-        for n in (120, 300, 976)
-        for s in SCHEDULES
-    ],
+    [pytest.param(n, s, marks=() if (n, s) in QUICK else pytest.mark.slow) for n in (120, 300, 976) for s in SCHEDULES],
 )
 def test_l0_outside_training_is_that_of_training(planted, steps, schedule):
     fields = dict(SCHEDULES[schedule])
@@ -74,7 +74,9 @@ def test_of_a_stream_and_of_a_resumed_model():
     config, objective = architecture("batchtopk", width, 32, k=3, objective={"auxiliary": "none"})
     train = TrainConfig(steps=30, batch_size=32, steps_per_call=30, massive_ratio=None)
     sites = [mi.at("resid_post", layers=1)]
-    stream = ActivationStream(model, tokens, sites, key=jax.random.key(3), batch_size=32, buffer_size=128, contexts_per_chunk=8)
+    stream = ActivationStream(
+        model, tokens, sites, key=jax.random.key(3), batch_size=32, buffer_size=128, contexts_per_chunk=8
+    )
     found, _ = fit_stream(stream, {"sae": Training(config, objective, train, reads=("resid_post",))})
     rows = mi.jit(mi.capture(model, *sites))(tokens)[1]["resid_post"].reshape(96, 9, width)[:, 1:]
     assert l0(found["sae"], rows) == pytest.approx(3, rel=TOLERANCE)

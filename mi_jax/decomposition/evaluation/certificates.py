@@ -48,7 +48,6 @@ def certificates(
       support: indices into them, each direction at most once.
       nonnegative: codes of the model cannot be negative, as those of a ReLU.
     """
-
     directions, codes = widened((directions, codes))
 
     def one(indices, z):

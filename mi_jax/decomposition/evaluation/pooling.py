@@ -108,9 +108,7 @@ def codes_at(
 
 def mean_activations(examples: Examples, batch_size: int) -> Float[Array, "n d_in"]:
     """Pooled activations of every example."""
-    return jnp.concatenate(
-        [_mean(*_rows(examples, rows))[:n] for rows, n in row_slices(len(examples), batch_size)]
-    )
+    return jnp.concatenate([_mean(*_rows(examples, rows))[:n] for rows, n in row_slices(len(examples), batch_size)])
 
 
 def balanced_weights(labels: Bool[np.ndarray, "n concept"]) -> Float[np.ndarray, "n concept"]:

@@ -28,7 +28,6 @@ def orthogonal_matching_pursuit(
     Returns:
       Codes and indices, in the order of choice.
     """
-
     directions, x = widened((directions, x))
 
     def one(x):

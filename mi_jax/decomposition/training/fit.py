@@ -247,7 +247,10 @@ def start_from(
 
 
 def finished(state: TrainState, scale_x: Array, scale_y: Array | None, batches: Iterable[Array] = ()) -> Dictionary:
-    """The trained dictionary in the units of the activations; `batches` of what it reads settle BatchTopK's threshold."""
+    """The trained dictionary in the units of the activations.
+
+    `batches` of what it reads, normalised, settle BatchTopK's threshold.
+    """
     dictionary = state.dictionary
     if counts_codes(dictionary) and getattr(dictionary.activation, "k_now", None) is not None:
         dictionary = eqx.tree_at(lambda d: d.activation.k_now, dictionary, state.knobs.k)

@@ -42,9 +42,7 @@ def largest_codes(dictionary: Dictionary, x: Float[Array, "token d_in"]) -> Floa
     return largest_of_batch(h, 2 * activation.k * x.shape[0], dictionary.b_enc)[0]
 
 
-def settled(
-    dictionary: Any, batches: Iterable[Array], largest: Callable[[Any, Array], Array] = largest_codes
-) -> Any:
+def settled(dictionary: Any, batches: Iterable[Array], largest: Callable[[Any, Array], Array] = largest_codes) -> Any:
     """A BatchTopK dictionary whose threshold keeps k codes per token of all batches together; others as they are.
 
     Args:

@@ -33,6 +33,10 @@ def in_dtype(tree, dtype):
     return jax.tree.map(lambda leaf: cast(leaf) if eqx.is_array(leaf) else leaf, tree)
 
 
+def mean_of(x):
+    return jnp.asarray(x, jnp.float32).mean(0)
+
+
 def examples(dtype, seed):
     y = np.random.default_rng(seed).integers(0, 4, N)
     x = numbers(N, D, seed=seed) + 1.5 * np.eye(D)[y % 2] + 1.5 * np.eye(D)[2 + y // 2]
@@ -46,7 +50,7 @@ def both(fn, **options):
 def of_model(fn, *args):
     def run(d, x, cast):
         model = in_dtype(tiny(), cast)
-        return fn(model, d, *args, prompts(2, batch=6, n_pos=8), site="resid_post", layer=1, mean=x.mean(0), key=KEY)
+        return fn(model, d, *args, prompts(2, batch=6, n_pos=8), site="resid_post", layer=1, mean=mean_of(x), key=KEY)
 
     return run
 
@@ -60,7 +64,7 @@ TRUE = np.maximum(numbers(N, 6, seed=3), 0)
 FREE = {"coherence": lambda d, x, cast: evaluation.coherence(d.w_dec)}
 CASES = FREE | {
     "decoder_projection": lambda d, x, cast: evaluation.decoder_projection(d.w_dec, d.b_dec, x, 4),
-    "evaluate": lambda d, x, cast: evaluation.evaluate(d, x, mean=x.mean(0), blocks=BLOCKS, key=KEY),
+    "evaluate": lambda d, x, cast: evaluation.evaluate(d, x, mean=mean_of(x), blocks=BLOCKS, key=KEY),
     "match_codes": lambda d, x, cast: evaluation.match_codes(d, x, in_dtype(jnp.asarray(TRUE), cast), key=KEY),
     "match_firing": lambda d, x, cast: evaluation.match_firing(
         d, x, in_dtype(jnp.asarray(TRUE), cast), np.arange(6), key=KEY, true_directions=d.w_dec[6:12]
@@ -70,7 +74,7 @@ CASES = FREE | {
     "seed_consistency": lambda d, x, cast: evaluation.seed_consistency([d.w_dec, d.w_enc], key=KEY),
     "orthogonal_matching_pursuit": lambda d, x, cast: evaluation.orthogonal_matching_pursuit(d.w_dec, x, 3),
     "Pursuit": lambda d, x, cast: evaluation.evaluate(
-        evaluation.Pursuit(d.w_dec, d.b_dec, 3), x, mean=x.mean(0), blocks=BLOCKS, key=KEY
+        evaluation.Pursuit(d.w_dec, d.b_dec, 3), x, mean=mean_of(x), blocks=BLOCKS, key=KEY
     ),
     "certificates": lambda d, x, cast: evaluation.certificates(
         d.w_dec, jnp.array([[0, 1], [2, 5]]), in_dtype(jnp.ones((2, 2)), cast)
@@ -94,7 +98,7 @@ OTHERS = ("bootstrap_mean", "bootstrap_ratio", "one_vs_rest")
 
 
 def leaves(result):
-    tree = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
+    tree = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result  # type: ignore[arg-type]
     found = [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if not isinstance(leaf, str)]
     return [leaf.astype(np.float64) for leaf in found]
 
