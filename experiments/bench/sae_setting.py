@@ -39,7 +39,7 @@ EACH_OF_MANY = Shape(d_in=512, d_sae=4096, k=32, batch=1024)
 # more tokens than widths, and more latents than an auxiliary loss reads: only dense codes have tokens × latents numbers
 SMOKE = Shape(d_in=8, d_sae=512, k=2, batch=96)
 
-OURS = TrainConfig(steps=10_000, learning_rate=3e-4, warmup_steps=0, dead_after=1000)
+OURS = TrainConfig(steps=10_000, learning_rate=3e-4, warmup_steps=0, dead_after=1000 * FULL.batch)
 # the step of SAELens' trainer: no constraint on the decoder, gradients clipped, its decay rates
 AS_SAE_LENS = dataclasses.replace(OURS, decoder="free", clip=1.0, b2=0.999)
 BATCHES = 2

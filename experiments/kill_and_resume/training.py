@@ -27,7 +27,7 @@ def main(folder: str, seed: int) -> None:
     config = DecoderConfig(n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_head=8, d_mlp=64, d_vocab=200, n_ctx=32)
     model = init_decoder(config, key=jax.random.key(7))
     tokens = np.random.default_rng(0).integers(0, config.d_vocab, (400, 32)).astype(np.int32)
-    train = TrainConfig(steps=STEPS, batch_size=BATCH, steps_per_call=4, learning_rate=3e-3, dead_after=20)
+    train = TrainConfig(steps=STEPS, batch_size=BATCH, steps_per_call=4, learning_rate=3e-3, dead_after=20 * BATCH)
     trainings = {}
     for name in ("topk", "batchtopk", "jumprelu"):
         shape, objective = architecture(name, config.d_model, 256, k=8)

@@ -82,11 +82,7 @@ def decomposition(subject: Subject, config: PipelineConfig, progress: Progress) 
     mean = train.mean(0)
 
     shape, objective = architecture("topk", train.shape[1], config.d_sae, k=config.k)
-    # dead in training, and so revived, after about as many tokens as are held out
-    dead_after = max(1, held_kept.sum() // config.sae_batch)
-    schedule = TrainConfig(
-        steps=config.sae_steps, batch_size=config.sae_batch, massive_ratio=None, dead_after=int(dead_after)
-    )
+    schedule = TrainConfig(steps=config.sae_steps, batch_size=config.sae_batch, massive_ratio=None)
     keys = jax.random.split(jax.random.key(config.seed), 4)
 
     def show(_, metrics):

@@ -31,6 +31,7 @@ def features(subject: Subject, arrays: Mapping[str, np.ndarray], config: Pipelin
     rules = [fit_rule(train.tokens, a > 0, d_vocab=d_vocab) for a in activations]
     scores = detection(rules, held_out.tokens, unseen > 0)
     score, low, high, null = scores.summary(seed=config.seed)
+    precision, *precision_ci, precision_null = scores.summary(seed=config.seed, metric="average_precision")
 
     cards = []
     for i, latent in enumerate(latents.tolist()):
@@ -44,14 +45,19 @@ def features(subject: Subject, arrays: Mapping[str, np.ndarray], config: Pipelin
                 "max_activation": float(activations[i].max()),
                 "detection": _number(scores.own[i]),
                 "detection_null": _number(scores.other[i]),
+                "precision": _number(scores.own_precision[i]),
+                "precision_null": _number(scores.other_precision[i]),
                 "rule": [subject.tokenizer.decode([t]) for t in rules[i].triggers(6)],
                 "promotes": [(subject.tokenizer.decode([t]), round(v, 3)) for t, v in promotes],
                 "suppresses": [(subject.tokenizer.decode([t]), round(v, 3)) for t, v in suppresses],
                 "deciles": _deciles(subject, activations[i], train, config.seed + latent),
             }
         )
-    results = with_interval("features.detection_score", score, low, high) | {
+    results = with_interval("features.detection_score", score, low, high)
+    results |= with_interval("features.detection_average_precision", precision, *precision_ci) | {
         "features.detection_score_null": null,
+        "features.detection_average_precision_null": precision_null,
+        "features.detection_base_rate": float(np.nanmean(scores.base_rate)),
         "features.scored": int((~np.isnan(scores.own)).sum()),
         "features.cards": len(cards),
     }
@@ -60,10 +66,13 @@ def features(subject: Subject, arrays: Mapping[str, np.ndarray], config: Pipelin
         "(gradient times activation, on training text).",
         "Detection: AUROC of a readable rule, how often the latent fires at each token and after each token, counted "
         f"on training text and tested on held-out documents; {results['features.scored']} of {len(cards)} latents fire "
-        "often enough there. The null gives each latent the rules of the others.",
+        "often enough there. The null gives each latent the rules of the others. AUROC flatters where events are rare: "
+        f"average precision is {precision:.2f}, {precision_null:.2f} with the rules of others, and "
+        f"{results['features.detection_base_rate']:.4f} by chance.",
         "Promotes and suppresses: the direct effect on the logits, for a stream of unit size.",
     ]
     summary = {"score": score, "score_null": null, "ci_low": low, "ci_high": high}
+    summary |= {"precision": precision, "precision_null": precision_null}
     return Outcome(results, {"notes": notes, "detection": summary, "cards": cards})
 
 

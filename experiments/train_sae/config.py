@@ -95,7 +95,6 @@ class TrainSAEConfig:
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             optimiser=self.optimiser,  # type: ignore[arg-type]
-            dead_after=max(1, min(40, self.steps // 4)),
             control=0.0 if self.counted else 0.02,
             massive_ratio=None,
         )

@@ -141,6 +141,7 @@ def decoder_projection(
     """
     if not 1 <= n <= w_dec.shape[0]:
         raise InputError(f"n counts latents per token, from 1 to d_sae={w_dec.shape[0]}; got {n}")
+    w_dec, b_dec, x = (jnp.asarray(a, jnp.float32) for a in (w_dec, b_dec, x))
     projections = np.asarray((x - b_dec[None, :]) @ w_dec.T).ravel()
     place = projections.size - n * x.shape[0]
     return float(np.partition(projections, place)[place])

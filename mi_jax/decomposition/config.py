@@ -82,9 +82,12 @@ class Objective:
         `preactivation`, Σ max(θ − h, 0) over dead latents; `load_balance` of Switch.
       aux_coefficient: weight of the auxiliary loss.
       aux_normalised: `auxk` divided by the variance of what is left over.
-      k_aux: dead latents per token in `auxk`.
+      aux_rescaled: what dead latents write in `auxk` is multiplied by the number that fits what is left over best. It
+        is small beside the activations, and latents that are fitted to its size have codes too small to be chosen: they
+        stay dead. False as in Gao et al.
+      k_aux: dead latents per token in `auxk`; None for the dictionary's k, or 64 where it has none.
       aux_candidates: when more latents than this are dead, only this many take part in a step of `auxk` or
-        `preactivation`.
+        `preactivation`; a training lets all have their turn.
     """
 
     reconstruction: str = "squared_error"
@@ -98,11 +101,12 @@ class Objective:
     auxiliary: str = "none"
     aux_coefficient: float = 0.2
     aux_normalised: bool = False
-    k_aux: int = 64
+    aux_rescaled: bool = True
+    k_aux: int | None = None
     aux_candidates: int = 256
 
     def __post_init__(self):
-        if self.k_aux > self.aux_candidates:
+        if self.k_aux is not None and self.k_aux > self.aux_candidates:
             raise InputError(f"k_aux={self.k_aux} must be at most aux_candidates={self.aux_candidates}")
         if self.penalty == "l0_target" and not (self.target_l0 or 0) > 0:
             raise InputError("the penalty l0_target needs a target_l0 over 0")
@@ -180,8 +184,6 @@ def architecture(
     if aims.get("reconstruction") == "matryoshka":
         aims = {"prefixes": default_prefixes(d_sae)} | aims
     config = DictionaryConfig(d_in, d_sae, **(shape | fields))
-    if "k_aux" not in aims and aims.get("auxiliary") == "auxk":
-        aims["k_aux"] = min(64, d_sae)
     chosen = Objective(**aims)
     check_combination(config, chosen)
     return config, chosen
@@ -211,5 +213,5 @@ def check_combination(config: DictionaryConfig, objective: Objective) -> None:
             )
     if objective.prefixes and objective.prefixes[-1] != config.d_sae:
         raise InputError(f"the last prefix must be d_sae={config.d_sae}, got {objective.prefixes}")
-    if objective.auxiliary == "auxk" and objective.k_aux > config.d_sae:
+    if objective.auxiliary == "auxk" and objective.k_aux is not None and objective.k_aux > config.d_sae:
         raise InputError(f"k_aux={objective.k_aux} must be at most d_sae={config.d_sae}")

@@ -20,7 +20,7 @@ from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.cross_layer import CrossLayerTranscoder
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.objective import Codes, Coefficients, Losses, auxk, preactivation, sparsity_penalty
-from mi_jax.decomposition.selection import all_above, kth_largest
+from mi_jax.decomposition.selection import all_above, kth_largest, largest_of_batch
 
 # places per token of one layer, over BatchTopK's k: a batch in which some layer has more codes is computed densely
 SPREAD = 4
@@ -166,6 +166,14 @@ def _preactivations(transcoder: CrossLayerTranscoder, x: Array) -> Float[Array, 
 def _least(h: Float[Array, "layer token d_sae"], k: int) -> Float[Array, ""]:
     """The smallest of the k · tokens · layers largest pre-activations, or 0."""
     return kth_largest(jax.nn.relu(jax.lax.stop_gradient(h)), k * h.shape[0] * h.shape[1])
+
+
+@eqx.filter_jit
+def largest_codes(transcoder: CrossLayerTranscoder, x: Float[Array, "token layer d_in"]) -> Float[Array, " code"]:
+    """The largest codes of all layers, twice as many as BatchTopK keeps, in no order; 0 where fewer are positive."""
+    h, activation = _preactivations(transcoder, x), transcoder.activation
+    assert isinstance(activation, BatchTopK)
+    return largest_of_batch(h.reshape(-1, h.shape[-1]), 2 * activation.k * h.shape[0] * h.shape[1])[0]
 
 
 def _dense(transcoder: CrossLayerTranscoder, x: Array) -> list[Codes]:

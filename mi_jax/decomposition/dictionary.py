@@ -100,8 +100,21 @@ class Dictionary(eqx.Module):
         return values.reshape(*x.shape[:-1], -1), chosen.where.latents.reshape(*x.shape[:-1], -1)
 
     def decode(self, codes: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_out"]:
-        """Reconstruction from dense codes, whatever their sparsity, without skip and token norm."""
+        """Reconstruction from dense codes, whatever their sparsity, without skip and token norm; see `reconstruct`."""
         return codes @ self.w_dec + jnp.broadcast_to(self.b_dec, (*codes.shape[:-1], self.d_out))
+
+    def reconstruct(
+        self, x: Float[Array, "*batch d_in"], codes: Float[Array, "*batch d_sae"]
+    ) -> Float[Array, "*batch d_out"]:
+        """What the dictionary would make of activations if they had these codes, with skip and token norm.
+
+        `reconstruct(x, encode(x))` is the dictionary's own call.
+        """
+        rows, undo = self._rows(x)
+        out = self.decode(codes.reshape(-1, self.d_sae))
+        if self.w_skip is not None:
+            out = out + rows @ self.w_skip
+        return undo(out).reshape(*x.shape[:-1], self.d_out)
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         rows, undo = self._rows(x)

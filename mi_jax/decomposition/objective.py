@@ -114,7 +114,7 @@ def loss(
       dictionary: differentiated.
       x: what is read.
       y: what is reconstructed; `x` itself for an autoencoder.
-      dead: latents that count as dead.
+      dead: latents that count as dead; the first `aux_candidates` of them take part.
       objective: which terms.
       coefficients: their traced numbers.
       chosen: `dictionary.choose(x, valid)`; None computes dense codes.
@@ -246,6 +246,13 @@ def without_dead(objective: Objective) -> Objective:
     return dataclasses.replace(objective, auxiliary="none") if reads_dead(objective) else objective
 
 
+def in_turn(dead: Bool[Array, "*layer d_sae"], n: int, step: Int[Array, ""]) -> Bool[Array, "*layer d_sae"]:
+    """Up to `n` of the dead latents, others at every step, so that all of them take part equally often."""
+    count = dead.sum(-1, keepdims=True, dtype=jnp.int32)
+    rank = jnp.cumsum(dead, -1, dtype=jnp.int32) - 1
+    return dead & ((rank - step * n) % jnp.maximum(count, 1) < n)
+
+
 def dead_latents(dictionary: Dictionary, dead: Bool[Array, " d_sae"], objective: Objective) -> Dictionary:
     """The dictionary of up to `aux_candidates` dead latents alone, zeros in places that are left."""
     rows = _dead_rows(dead, objective)
@@ -280,10 +287,12 @@ def auxk(
     dead: Bool[Array, " d_sae"],
     objective: Objective,
 ) -> Float[Array, ""]:
-    """min(n_dead / k_aux, 1) · mean ‖e − ê‖², e = y − ŷ without gradient, ê = z_aux w_dec from dead latents alone.
+    """min(n_dead / k_aux, 1) · mean ‖e − s ê‖², e = y − ŷ without gradient, ê = z_aux w_dec from dead latents alone.
 
     z_aux are the k_aux largest positive pre-activations of dead latents; b_dec is not in ê, for e has no share of it.
-    Source: Gao et al. 2024, appendix A.2.
+    With `aux_rescaled`, s = Σ⟨e, ê⟩ / Σ‖ê‖² over the batch (as if their cosine were 0.01 where it is less), without
+    gradient: dead latents turn to what is left over and keep their size. Else s = 1, as in the source: Gao et al. 2024,
+    appendix A.2.
     """
     return _auxk(dead_latents(dictionary, dead, objective), x, error, dead, objective)
 
@@ -295,14 +304,26 @@ def _auxk(
     h = (x - dictionary.centre[None, :]) @ dictionary.encoder.T + dictionary.b_enc[None, :]
     real = (jnp.arange(dictionary.d_sae) < dead.sum())[None, :]
     h = jnp.where(real, h, -jnp.inf)
-    kept = h >= jax.lax.top_k(h, min(objective.k_aux, h.shape[1]))[0][:, -1:]
+    k_aux = objective.k_aux or getattr(dictionary.activation, "k", 64)
+    kept = h >= jax.lax.top_k(h, min(k_aux, h.shape[1]))[0][:, -1:]
     guess = jnp.where(kept & real, jax.nn.relu(h), 0.0) @ dictionary.w_dec
     target = jax.lax.stop_gradient(error)
+    if objective.aux_rescaled:
+        guess = guess * jax.lax.stop_gradient(_best_scale(target, guess, valid))
     squared = mean_over(((target - guess) ** 2).sum(-1), valid)
     if objective.aux_normalised:
         spread = ((target - mean_over(target, valid)[None, :]) ** 2).sum(-1)
         squared = squared / jnp.maximum(mean_over(spread, valid), 1e-30)
-    return jnp.minimum(dead.sum() / objective.k_aux, 1.0) * squared
+    return jnp.minimum(dead.sum() / k_aux, 1.0) * squared
+
+
+def _best_scale(target: Array, guess: Array, valid: Array | None) -> Array:
+    """The factor of `guess` that fits best; over 0, so that a guess that points away is turned round."""
+    along, size, whole = (
+        mean_over((a * b).sum(-1), valid) for a, b in ((target, guess), (guess, guess), (target, target))
+    )
+    least = 0.01 * jnp.sqrt(whole * size)
+    return jnp.maximum(along, least) / jnp.maximum(size, 1e-30)
 
 
 def preactivation(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 GROUP = 16
 # rows whose maxima are found at once on a CPU
@@ -21,6 +21,8 @@ ROWS_AT_ONCE = 512
 COUNTED = 1024
 # rows are searched in so many parts on a CPU, side by side, for XLA runs a search on one core
 PARTS = 2
+# of flat positions in 32 bits
+LARGEST = 2**31 - 1
 
 
 class _Groups:
@@ -124,49 +126,64 @@ def kth_largest(x: Float[Array, "..."], count: int | Int[Array, ""]) -> Float[Ar
     # the bits of floats that are not negative are ordered as the floats are
     bits = lax.bitcast_convert_type(wide, whole)
 
+    wanted = jnp.asarray(count).astype(jnp.uint32)
     # in rows that are neither short nor too long to be counted in float32
     rows = bits.reshape(-1, COUNTED) if bits.size % COUNTED == 0 else bits.reshape(1, -1)
 
     def narrow(i, found):
         guess = found | (jnp.ones((), whole) << (n_bits - 1 - i).astype(whole))
-        return jnp.where(_count(rows >= guess) >= count, guess, found)
+        return jnp.where(_count(rows >= guess) >= wanted, guess, found)
 
     found = lax.fori_loop(0, n_bits, narrow, jnp.zeros((), whole))
     return lax.bitcast_convert_type(found, wide.dtype).astype(x.dtype)
 
 
-def _count(mask: Bool[Array, "row column"]) -> Int[Array, ""]:
+def _count(mask: Bool[Array, "row column"]) -> UInt[Array, ""]:
     """How many are true. A matrix product counts twice as fast as a sum of integers, but no row beyond 2²⁴."""
     if mask.shape[1] >= 2**24:
-        return mask.sum(dtype=jnp.int32)
-    return (mask.astype(jnp.float32) @ jnp.ones(mask.shape[1], jnp.float32)).astype(jnp.int32).sum(dtype=jnp.int32)
+        return mask.sum(dtype=jnp.uint32)
+    return (mask.astype(jnp.float32) @ jnp.ones(mask.shape[1], jnp.float32)).astype(jnp.uint32).sum(dtype=jnp.uint32)
 
 
 def places(
     first: Bool[Array, "row column"], size: int, then: Bool[Array, "row column"] | None = None
-) -> tuple[Int[Array, " size"], Int[Array, ""]]:
-    """Flat positions of the true entries of `first`, then of `then` as far as there is room; and how many there are.
+) -> tuple[Int[Array, " size"], Int[Array, " size"], Int[Array, ""]]:
+    """Rows and columns of the true entries of `first`, then of `then` as far as there is room; and how many there are.
 
-    Empty places hold row · column, one past the last position. The two masks must not overlap.
+    Empty places hold the number of rows, and column 0. The two masks must not overlap. What does not fit is not
+    counted: the number is exact up to `size`, and larger beyond.
     """
-    ranks, total = _ranks(first)
+    ranks, total = _ranks(first, size)
     slot = jnp.where(first, ranks, size)
     if then is not None:
-        later, more = _ranks(then)
+        later, more = _ranks(then, size)
         slot = jnp.where(then, total + later, slot)
         total = total + more
-    n = first.size
     # a rank beyond `size` has no place and is dropped
-    found = jnp.full(size, n, jnp.int32).at[slot.reshape(-1)].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
-    return found, total
+    slot, (n_rows, n_columns) = slot.reshape(-1), first.shape
+
+    def held(values, empty):
+        return jnp.full(size, empty, jnp.int32).at[slot].set(values.reshape(-1), mode="drop")
+
+    if first.size <= LARGEST:
+        flat = held(jnp.arange(first.size, dtype=jnp.int32), first.size)
+        return flat // n_columns, flat % n_columns, total
+    # flat positions would not fit into 32 bits
+    rows, columns = (lax.broadcasted_iota(jnp.int32, first.shape, axis) for axis in (0, 1))
+    return held(rows, n_rows), held(columns, 0), total
 
 
-def _ranks(mask: Array) -> tuple[Array, Array]:
+def _ranks(mask: Array, size: int) -> tuple[Array, Array]:
     """How many true entries come before each, in flat order; and how many there are in all."""
     within = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     rows = within[:, -1]
-    before = jnp.cumsum(rows, dtype=jnp.int32) - rows
-    return before[:, None] + within - 1, rows.sum(dtype=jnp.int32)
+    if mask.size <= LARGEST:
+        upto = jnp.cumsum(rows, dtype=jnp.int32)
+    else:
+        # more entries than 32 bits count: sums stop where there is no place left
+        upto = lax.associative_scan(lambda a, b: jnp.minimum(a + b, size + 1), jnp.minimum(rows, size + 1))
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), upto[:-1]])
+    return before[:, None] + within - 1, upto[-1]
 
 
 def largest_of_batch(
@@ -180,19 +197,22 @@ def largest_of_batch(
     count = min(count, h.size)
     n_groups = d_sae // GROUP
     if d_sae % GROUP or n_groups * n_tokens < count:
-        members, flat = jax.nn.relu(_sum(h, bias)), jnp.arange(h.size, dtype=jnp.int32).reshape(h.shape)
-    else:
-        grouped = _Groups(h, bias)
-        maxima = jax.nn.relu(grouped.maxima())
-        least = kth_largest(maxima, count)
-        groups, _ = places(maxima > least, count, maxima == least)
-        token, group = groups // n_groups, groups % n_groups
-        members = jax.nn.relu(grouped.of_pairs(token, group))
-        flat = (token * d_sae)[:, None] + grouped.latents(group)
-    least = kth_largest(members, count)
-    kept, _ = places(members > least, count, members == least)
-    flat = flat.reshape(-1)[kept]
-    return members.reshape(-1)[kept], flat // d_sae, flat % d_sae
+        members = jax.nn.relu(_sum(h, bias))
+        tokens, latents = _largest(members, count)
+        return members[tokens, latents], tokens, latents
+    grouped = _Groups(h, bias)
+    token, group = _largest(jax.nn.relu(grouped.maxima()), count)
+    members = jax.nn.relu(grouped.of_pairs(token, group))
+    pair, member = _largest(members, count)
+    # tokens and latents apart: a flat position need not fit into 32 bits
+    return members[pair, member], token[pair], grouped.latents(group)[pair, member]
+
+
+def _largest(x: Float[Array, "row column"], count: int) -> tuple[Int[Array, " {count}"], Int[Array, " {count}"]]:
+    """Rows and columns of the `count` largest of numbers that are not negative."""
+    least = kth_largest(x, count)
+    rows, columns, _ = places(x > least, count, x == least)
+    return rows, columns
 
 
 def all_above(
@@ -209,18 +229,15 @@ def all_above(
     n_groups = d_sae // GROUP
     below = None if bound is None else -bound
     if d_sae % GROUP or n_groups * n_tokens <= capacity:
-        kept, total = places(_sum(h, bias, below) > 0, capacity)
-        fits = total <= capacity
-        flat = kept
+        tokens, latents, total = places(_sum(h, bias, below) > 0, capacity)
+        fits, empty = total <= capacity, tokens >= n_tokens
     else:
         grouped = _Groups(h, bias, below)
-        groups, n_chosen = places(grouped.maxima() > 0, capacity)
-        token, group = jnp.minimum(groups // n_groups, n_tokens - 1), groups % n_groups
-        real = groups < n_tokens * n_groups
+        token, group, n_chosen = places(grouped.maxima() > 0, capacity)
+        real, token = token < n_tokens, jnp.minimum(token, n_tokens - 1)
         members = (grouped.of_pairs(token, group) > 0) & real[:, None]
-        kept, total = places(members, capacity)
-        fits = (total <= capacity) & (n_chosen <= capacity)
-        flat = (token * d_sae)[:, None] + grouped.latents(group)
-        flat = jnp.append(flat.reshape(-1), jnp.int32(n_tokens * d_sae))[kept]
-    empty = flat >= n_tokens * d_sae
-    return jnp.where(empty, 0, flat // d_sae), jnp.where(empty, d_sae, flat % d_sae), fits
+        pair, member, total = places(members, capacity)
+        fits, empty = (total <= capacity) & (n_chosen <= capacity), pair >= capacity
+        pair = jnp.minimum(pair, capacity - 1)
+        tokens, latents = token[pair], grouped.latents(group)[pair, member]
+    return jnp.where(empty, 0, tokens), jnp.where(empty, d_sae, latents), fits

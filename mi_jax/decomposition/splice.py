@@ -6,15 +6,19 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float
 
+from mi_jax.decomposition.dictionary import Dictionary
+
 
 class Splice(eqx.Module):
     """Replaces activations by a dictionary's reconstruction from edited codes.
 
-    With the error term the value is `x + decode(edit(z)) − decode(z)`: an edit that changes no code changes nothing,
-    and what an edit changes is what it says. Without it, it is `decode(edit(z))`.
+    With ŷ(x, z) the reconstruction of x from codes z, the value with the error term is `x + ŷ(x, edit(z)) − ŷ(x, z)`:
+    an edit that changes no code changes nothing, and what an edit changes is what it says. Without it, it is
+    `ŷ(x, edit(z))`, which is the dictionary's own call where the codes stay.
 
     Attributes:
-      dictionary: anything with `encode` to codes `[… d_sae]` and `decode`, such as an `SAE`.
+      dictionary: anything with `encode` to codes `[… d_sae]` and `decode`, such as a `PCA`; of a `Dictionary`, its skip
+        and its token norm take part.
       edit: a function of the codes; its arrays are traced. None leaves them as they are.
       error_term: Marks et al. 2024 (arXiv 2403.19647), section 3.1.
 
@@ -28,5 +32,10 @@ class Splice(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
         codes = self.dictionary.encode(x)
-        new = self.dictionary.decode(codes if self.edit is None else self.edit(codes))
-        return x + new - self.dictionary.decode(codes) if self.error_term else new
+        new = self._reconstruct(x, codes if self.edit is None else self.edit(codes))
+        return x + new - self._reconstruct(x, codes) if self.error_term else new
+
+    def _reconstruct(self, x: Array, codes: Array) -> Array:
+        if isinstance(self.dictionary, Dictionary):
+            return self.dictionary.reconstruct(x, codes)
+        return self.dictionary.decode(codes)

@@ -5,6 +5,7 @@ from mi_jax.features.codes import encode_contexts as encode_contexts
 from mi_jax.features.detection import Detection as Detection
 from mi_jax.features.detection import TokenRule as TokenRule
 from mi_jax.features.detection import auroc as auroc
+from mi_jax.features.detection import average_precision as average_precision
 from mi_jax.features.detection import detection as detection
 from mi_jax.features.detection import fit_rule as fit_rule
 from mi_jax.features.examples import deciles as deciles

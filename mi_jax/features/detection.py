@@ -6,6 +6,7 @@ the score is a lower bound on how well a latent can be explained. The null gives
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -62,16 +63,47 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[labels].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Σ (R_n − R_{n−1}) P_n over the distinct scores from the highest down; precision P, recall R.
+
+    Chance gives the share of positives. An AUROC is high where a rare event is among the thousand highest scores of a
+    million; its average precision is not.
+
+    Raises:
+      ValueError: no positive is there.
+    """
+    scores, labels = np.asarray(scores).ravel(), np.asarray(labels, bool).ravel()
+    if not labels.any():
+        raise ValueError("average precision needs a positive, got none")
+    # equal scores are one threshold: their positives and negatives come together
+    values, place = np.unique(-scores, return_inverse=True)
+    hits = np.cumsum(np.bincount(place, labels, minlength=len(values)))
+    precision = hits / np.cumsum(np.bincount(place, minlength=len(values)))
+    return float((np.diff(hits, prepend=0.0) * precision).sum() / labels.sum())
+
+
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """Held-out AUROC of each latent's own rule and of the others' rules; NaN where the latent fires too rarely."""
+    """Held-out scores of each latent's own rule and of the others' rules; NaN where the latent fires too rarely.
+
+    Attributes:
+      own, other: AUROC, which chance puts at 0.5 and which is high for rare events that are hardly found.
+      own_precision, other_precision: average precision.
+      base_rate: the share of tokens on which the latent fires: the average precision of chance.
+    """
 
     own: Float[np.ndarray, " latent"]
     other: Float[np.ndarray, " latent"]
+    own_precision: Float[np.ndarray, " latent"]
+    other_precision: Float[np.ndarray, " latent"]
+    base_rate: Float[np.ndarray, " latent"]
 
-    def summary(self, *, seed: int, n_boot: int = 2000) -> tuple[float, float, float, float]:
+    def summary(
+        self, *, seed: int, n_boot: int = 2000, metric: Literal["auroc", "average_precision"] = "auroc"
+    ) -> tuple[float, float, float, float]:
         """Mean, 95 % bootstrap interval over latents, and the mean null."""
-        own, other = self.own[~np.isnan(self.own)], self.other[~np.isnan(self.other)]
+        pair = (self.own, self.other) if metric == "auroc" else (self.own_precision, self.other_precision)
+        own, other = (values[~np.isnan(values)] for values in pair)
         draws = np.random.default_rng(seed).choice(own, (n_boot, len(own))).mean(1)
         low, high = np.quantile(draws, [0.025, 0.975])
         return float(own.mean()), float(low), float(high), float(other.mean())
@@ -85,12 +117,17 @@ def detection(
     min_firings: int = 5,
 ) -> Detection:
     """Scores every rule on held-out text, against its own latent and against all others."""
-    own, other = np.full(len(rules), np.nan), np.full(len(rules), np.nan)
+    own, other, own_precision, other_precision, base = np.full((5, len(rules)), np.nan)
     predictions = [rule.predict(tokens) for rule in rules]
     for i in range(len(rules)):
         labels = fires[i][:, 1:]
         if labels.sum() < min_firings or labels.all():
             continue
-        own[i] = auroc(predictions[i], labels)
-        other[i] = np.mean([auroc(p, labels) for j, p in enumerate(predictions) if j != i])
-    return Detection(own, other)
+        others = [p for j, p in enumerate(predictions) if j != i]
+        base[i] = labels.mean()
+        own[i], own_precision[i] = auroc(predictions[i], labels), average_precision(predictions[i], labels)
+        # a rule alone has no null
+        if others:
+            other[i] = np.mean([auroc(p, labels) for p in others])
+            other_precision[i] = np.mean([average_precision(p, labels) for p in others])
+    return Detection(own, other, own_precision, other_precision, base)

@@ -113,7 +113,13 @@ def penalty(kind, name, p, h, z, *, exponent=1.0, c=4.0, target_l0=1.0, n_sites=
     raise AssertionError(kind)
 
 
-def auxiliary(kind, p, x, y, h, z, dead, *, k_aux=1, candidates=0, normalised=False, n_sites=1):
+def best_scale(wanted, guess):
+    """The number by which `guess` comes nearest to `wanted`, or a small one where it points away."""
+    size = (guess**2).sum()
+    return max((wanted * guess).sum(), 0.01 * np.sqrt((wanted**2).sum() * size)) / max(size, 1e-30)
+
+
+def auxiliary(kind, p, x, y, h, z, dead, *, k_aux=1, candidates=0, normalised=False, rescaled=True, n_sites=1):
     """The auxiliary losses; `candidates` dead latents, the first, take part."""
     part = dead & (np.cumsum(dead) <= candidates)
     match kind:
@@ -127,6 +133,8 @@ def auxiliary(kind, p, x, y, h, z, dead, *, k_aux=1, candidates=0, normalised=Fa
                 return 0.0
             error = y - reconstruction(p, x, z)
             guess = relu(keep_largest(np.where(part, h, -1e9), min(k_aux, int(part.sum())))) @ p["w_dec"]
+            if rescaled:
+                guess = guess * best_scale(error, guess)
             squared = ((error - guess) ** 2).sum(1).mean()
             if normalised:
                 squared /= ((error - error.mean(0)) ** 2).sum(1).mean()

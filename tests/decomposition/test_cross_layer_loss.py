@@ -77,7 +77,8 @@ def expected(activation, transcoder, x, y, objective):
             total += AUX["aux_coefficient"] * (oracle.relu(threshold[i] - h[i]) * norms[i])[:, part].sum(1).mean()
         if objective.auxiliary == "auxk":
             guess = oracle.relu(oracle.keep_largest(np.where(part, h[i], -1e9), AUX["k_aux"]))
-            later = np.stack([error[:, t] - guess @ writes(p, i, t) for t in range(i, LAYERS)], 1)
+            written = np.stack([guess @ writes(p, i, t) for t in range(i, LAYERS)], 1)
+            later = error[:, i:] - oracle.best_scale(error[:, i:], written) * written
             total += AUX["aux_coefficient"] * (later**2).sum((1, 2)).mean()
     return np.stack(z), total
 

@@ -17,7 +17,13 @@ from mi_jax.decomposition.training.cross_layer import fit_cross_layer
 N, LAYERS, D, FEATURES, D_SAE, K = 2048, 3, 12, 12, 16, 2
 SIZES = (1.0, 30.0, 5.0)
 TRAIN = TrainConfig(
-    steps=400, batch_size=256, learning_rate=1e-2, warmup_steps=10, decoder="free", steps_per_call=40, dead_after=30
+    steps=400,
+    batch_size=256,
+    learning_rate=1e-2,
+    warmup_steps=10,
+    decoder="free",
+    steps_per_call=40,
+    dead_after=30 * 256,
 )
 AUXK = Objective(auxiliary="auxk", k_aux=4)
 

@@ -1,5 +1,6 @@
 """Every combination of the table: its loss against the oracle, its gradient against dense autodiff."""
 
+import dataclasses
 import itertools
 
 import equinox as eqx
@@ -14,7 +15,7 @@ from mi_jax.decomposition.activations import JumpReLU
 from mi_jax.decomposition.activations.elementwise import heaviside, jump
 from mi_jax.decomposition.config import check_combination
 from mi_jax.decomposition.nested import by_size
-from mi_jax.decomposition.objective import Coefficients, auxk, loss
+from mi_jax.decomposition.objective import Coefficients, auxk, in_turn, loss
 from tests.decomposition import oracle
 from tests.decomposition.cases import (
     D_IN,
@@ -193,22 +194,24 @@ def test_thresholds_move_in_float32_where_bfloat16_stands_still():
     assert (moved.astype(jnp.bfloat16) == 1).all()
 
 
-@pytest.mark.parametrize(("n_dead", "normalised"), [(0, False), (1, False), (3, False), (4, True)])
-def test_auxk_by_hand(n_dead, normalised):
+@pytest.mark.parametrize(
+    ("n_dead", "normalised", "rescaled"),
+    [(0, False, True), (1, False, False), (3, False, False), (3, False, True), (4, True, True)],
+)
+def test_auxk_by_hand(n_dead, normalised, rescaled):
     dictionary, x = float32("topk")
-    objective = objective_of("squared_error", "none", "auxk", aux_normalised=normalised)
+    objective = objective_of("squared_error", "none", "auxk", aux_normalised=normalised, aux_rescaled=rescaled)
     dead = np.arange(D_SAE) < n_dead
     error = activations(7)
     got = auxk(dictionary, x, error, jnp.asarray(dead), objective)
     p = parameters(dictionary)
     h = np.asarray(x, np.float64) @ p["w_enc"].T - p["centre"] @ p["w_enc"].T + p["b_enc"]
-    want = 0.0
-    e = np.asarray(error, np.float64)
+    e, guess = np.asarray(error, np.float64), np.zeros((TOKENS, D_IN))
     for token in range(TOKENS):
         largest = sorted(range(n_dead), key=lambda j: -h[token, j])[: objective.k_aux]
         # b_dec has no part in it: the remainder has none left
-        guess = sum((max(h[token, j], 0.0) * p["w_dec"][j] for j in largest), np.zeros(D_IN))
-        want += ((e[token] - guess) ** 2).sum() / TOKENS
+        guess[token] = sum((max(h[token, j], 0.0) * p["w_dec"][j] for j in largest), np.zeros(D_IN))
+    want = ((e - (oracle.best_scale(e, guess) if rescaled else 1.0) * guess) ** 2).sum(1).mean()
     want *= min(n_dead / objective.k_aux, 1.0)
     if normalised:
         want /= ((e - e.mean(0)) ** 2).sum(1).mean()
@@ -260,3 +263,31 @@ def test_what_does_not_combine_is_refused():
         Objective(k_aux=5, aux_candidates=4)
     with pytest.raises(InputError, match="needs a target_l0"):
         Objective(penalty="l0_target")
+
+
+def test_every_dead_latent_takes_part_equally_often():
+    dead = np.random.default_rng(0).uniform(size=(2, 50)) < 0.6
+    turns = jax.jit(jax.vmap(lambda step: in_turn(jnp.asarray(dead), 8, step)))(jnp.arange(8 * dead.sum()))
+    assert (np.asarray(turns).sum(-1) == 8).all()
+    for layer in range(2):
+        times = np.asarray(turns)[:, layer].sum(0)
+        assert (times[~dead[layer]] == 0).all()
+        assert np.ptp(times[dead[layer]]) <= 1
+    # where all fit, all take part
+    np.testing.assert_array_equal(in_turn(jnp.asarray(dead), 50, jnp.int32(3)), dead)
+
+
+def test_the_scale_of_what_is_left_over_does_not_shrink_dead_latents():
+    dictionary, x = float32("topk")
+    objective = objective_of("squared_error", "none", "auxk")
+    dead = jnp.asarray(DEAD)
+
+    def along(error, rescaled):
+        aim = dataclasses.replace(objective, aux_rescaled=rescaled)
+        grads = eqx.filter_grad(lambda d: auxk(d, x, error, dead, aim))(dictionary)
+        # the derivative by the size of all codes together
+        return float((grads.w_enc * dictionary.w_enc).sum() + (grads.b_enc * dictionary.b_enc).sum())
+
+    small = 1e-3 * x
+    assert along(small, False) > 1e-2
+    assert abs(along(small, True)) < 1e-8

@@ -1,12 +1,16 @@
 """Selections against a sort: any shapes, ties, too few positives, too many for the places."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_jax.decomposition.selection import all_above, kth_largest, largest_of_batch, top_k
+from mi_jax.decomposition import selection
+from mi_jax.decomposition.selection import all_above, kth_largest, largest_of_batch, places, top_k
 
 # few programs: shapes are drawn from short lists
 SHAPES = st.sampled_from([(5, 160), (3, 50), (8, 64)])
@@ -65,3 +69,37 @@ def test_kth_largest_is_exact(values, count):
     padded[: len(values)] = values
     want = np.sort(padded)[::-1][count - 1]
     assert jax.jit(kth_largest)(jnp.asarray(padded), count) == want
+
+
+# tokens × latents is 2³¹, and 2³¹ and a half with latents that make no groups
+LARGE = [(16_384, 131_072), (16_384, 196_609)]
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_batches_of_more_numbers_than_32_bits_count_are_programs(shape):
+    h, bias = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[1:], jnp.float32)
+    n = 64 * shape[0]
+    tokens, latents, _ = jax.eval_shape(lambda h, b: all_above(h, n, b, b), h, bias)
+    assert (tokens.shape, latents.shape, tokens.dtype) == ((n,), (n,), jnp.int32)
+    found = jax.eval_shape(lambda h, b: largest_of_batch(h, n, b), h, bias)
+    assert [a.shape for a in found] == [(n,)] * 3
+    # no position in the whole batch is computed, which would not fit: positions in groups and in pairs do
+    assert shape[0] * shape[1] // selection.GROUP <= selection.LARGEST
+    for choose in (all_above, largest_of_batch):
+        text = str(jax.make_jaxpr(lambda h, b, choose=choose: choose(h, n, b))(h, bias))
+        assert not re.search(rf"mul \S+ {shape[1]}:i32", text)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 5, 12, 40]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_places_of_large_masks_are_those_of_small_ones(seed, size, two):
+    rng = np.random.default_rng(seed)
+    one = rng.uniform(size=(6, 7)) < 0.3
+    other = (rng.uniform(size=(6, 7)) < 0.3) & ~one if two else None
+    want = np.argwhere(one).tolist() + (np.argwhere(other).tolist() if two else [])
+    for limit in (selection.LARGEST, 10):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(selection, "LARGEST", limit)
+            rows, columns, total = (np.asarray(a) for a in places(one, size, other))
+        assert np.stack([rows, columns], 1).tolist() == (want + [[6, 0]] * size)[:size]
+        assert int(total) == len(want) if len(want) <= size else int(total) > size

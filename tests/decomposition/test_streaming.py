@@ -18,7 +18,9 @@ from mi_jax.decomposition.training import Checkpoints, Training, default_knobs, 
 from tests.models.tiny import tiny
 
 STEPS, BATCH, WIDTH = 24, 32, 8
-TRAIN = TrainConfig(steps=STEPS, batch_size=BATCH, steps_per_call=5, warmup_steps=3, learning_rate=1e-2, dead_after=4)
+TRAIN = TrainConfig(
+    steps=STEPS, batch_size=BATCH, steps_per_call=5, warmup_steps=3, learning_rate=1e-2, dead_after=4 * BATCH
+)
 SITES = ("resid_post", "mlp_out")
 
 

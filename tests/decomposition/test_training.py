@@ -31,7 +31,9 @@ from mi_jax.decomposition.training.resample import resample
 fit_module = importlib.import_module("mi_jax.decomposition.training.fit")
 N, D_MODEL, D_SAE, K = 2048, 16, 32, 3
 CONFIG, OBJECTIVE = architecture("topk", D_MODEL, D_SAE, k=K, objective={"k_aux": 8})
-TRAIN = TrainConfig(steps=200, batch_size=256, learning_rate=1e-2, warmup_steps=10, dead_after=20, steps_per_call=5)
+TRAIN = TrainConfig(
+    steps=200, batch_size=256, learning_rate=1e-2, warmup_steps=10, dead_after=20 * 256, steps_per_call=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_every_architecture_finds_most_planted_directions(planted, name):
     x, directions = planted
     objective, fields = LEARNS.get(name, ({}, {}))
     config, objective = architecture(name, D_MODEL, D_SAE, k=K, objective=objective, **fields)
-    train = TrainConfig(steps=300, batch_size=256, learning_rate=1e-2, warmup_steps=10, dead_after=20)
+    train = TrainConfig(steps=300, batch_size=256, learning_rate=1e-2, warmup_steps=10, dead_after=20 * 256)
     dictionary, history = fit(x, config, objective, train, key=jax.random.key(0))
     found = jnp.abs(directions @ unit_rows(dictionary.w_dec).T).max(1)
     null = jnp.abs(directions @ init(config, key=jax.random.key(9)).w_dec.T).max(1)

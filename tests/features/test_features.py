@@ -17,6 +17,7 @@ from mi_jax.decomposition.activations import TopK
 from mi_jax.features import (
     Codes,
     auroc,
+    average_precision,
     deciles,
     detection,
     encode_contexts,
@@ -57,6 +58,30 @@ def test_auroc_is_the_probability_of_the_right_order(rows):
     assert auroc(scores, labels) == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_average_precision_is_its_sum_over_thresholds(rows):
+    scores, labels = (np.array(column) for column in zip(*rows, strict=True))
+    if not labels.any():
+        with pytest.raises(ValueError, match="needs a positive"):
+            average_precision(scores, labels)
+        return
+    want, recall = 0.0, 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        found = scores >= threshold
+        now = (found & labels).sum() / labels.sum()
+        want, recall = want + (now - recall) * (found & labels).sum() / found.sum(), now
+    assert average_precision(scores, labels) == pytest.approx(want)
+
+
+def test_average_precision_sees_that_a_rare_event_is_hardly_found():
+    # one of 200 in front of each of 5 events of 100,000: the AUROC hardly falls
+    scores, labels = -np.arange(100_000.0), np.zeros(100_000, bool)
+    labels[200:1200:200] = True
+    assert auroc(scores, labels) > 0.99
+    assert average_precision(scores, labels) < 0.01
+
+
 def test_a_rule_finds_the_token_that_makes_a_latent_fire_and_not_another_latents():
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 20, (400, 50))
@@ -71,6 +96,12 @@ def test_a_rule_finds_the_token_that_makes_a_latent_fire_and_not_another_latents
     mean, low, high, null = scores.summary(seed=0)
     assert low <= mean <= high
     assert null == pytest.approx(scores.other.mean())
+    np.testing.assert_allclose(scores.own_precision, 1.0, atol=0.1)
+    np.testing.assert_allclose(scores.base_rate, 0.05, atol=0.01)
+    assert (scores.other_precision < 0.15).all()
+    mean, low, high, null = scores.summary(seed=0, metric="average_precision")
+    assert low <= mean <= high
+    assert null == pytest.approx(scores.other_precision.mean())
 
 
 def test_a_latent_that_never_fires_is_not_scored():

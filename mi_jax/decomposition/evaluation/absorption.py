@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mi_jax.core.errors import InputError
-from mi_jax.decomposition.evaluation.batches import row_slices
+from mi_jax.decomposition.evaluation.batches import row_slices, widened
 from mi_jax.decomposition.evaluation.estimates import Estimate, bootstrap, generator
 from mi_jax.decomposition.evaluation.logistic import fit_probes
 from mi_jax.decomposition.evaluation.pooling import (
@@ -151,7 +151,7 @@ def feature_absorption(
       InputError: examples with a token axis, a decoder without fixed directions, or a concept whose probe finds none
         of its test examples.
     """
-    thresholds = thresholds or AbsorptionThresholds()
+    thresholds, dictionary = thresholds or AbsorptionThresholds(), widened(dictionary)
     if train.x.ndim != 2 or test.x.ndim != 2:
         raise InputError("absorption is a score of single activations: pass x of shape [n, d_model]")
     w_dec = linear_decoder(dictionary)

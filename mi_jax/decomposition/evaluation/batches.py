@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,20 @@ class Piece:
     real: Bool[np.ndarray, " n"]
 
 
+def widened(tree: Tree) -> Tree:
+    """The same with arrays of half precision in float32: every score is computed and summed in it, or wider.
+
+    Whatever was rounded in half precision keeps its value; nothing is rounded again.
+    """
+
+    def wide(leaf):
+        if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf.astype(np.promote_types(leaf.dtype, np.float32))
+        return leaf
+
+    return jax.tree.map(wide, tree)
+
+
 def pieces(batches: Iterable[Batch], batch_size: int) -> Iterator[Piece]:
     """Cuts batches of any sizes into pieces of `batch_size` rows.
 
@@ -52,8 +70,8 @@ def pieces(batches: Iterable[Batch], batch_size: int) -> Iterator[Piece]:
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
             real = np.arange(start, start + size) < n
-            x = jnp.asarray(batch.inputs[rows])
-            y = x if batch.targets is None else jnp.asarray(targets[rows])
+            x = widened(jnp.asarray(batch.inputs[rows]))
+            y = x if batch.targets is None else widened(jnp.asarray(targets[rows]))
             yield Piece(x, y, np.asarray(batch.blocks)[rows], real)
 
 

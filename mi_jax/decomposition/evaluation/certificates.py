@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mi_jax.core.errors import InputError
-from mi_jax.decomposition.evaluation.batches import row_slices
+from mi_jax.decomposition.evaluation.batches import row_slices, widened
 from mi_jax.decomposition.evaluation.estimates import Estimate, bootstrap_ratio
 
 
@@ -48,6 +48,7 @@ def certificates(
       support: indices into them, each direction at most once.
       nonnegative: codes of the model cannot be negative, as those of a ReLU.
     """
+    directions, codes = widened((directions, codes))
 
     def one(indices, z):
         active = z != 0
@@ -115,11 +116,12 @@ def certified_fractions(
     """
     if blocks.shape != activations.shape[:1]:
         raise InputError(f"blocks must give one block per token, shape {activations.shape[:1]}, got {blocks.shape}")
+    dictionary = widened(dictionary)
     norms = jnp.linalg.norm(dictionary.w_dec, axis=1, keepdims=True)
     directions = dictionary.w_dec / jnp.maximum(norms, 1e-30)
     parts = []
     for rows, size in row_slices(activations.shape[0], batch_size):
-        codes = dictionary.encode(jnp.asarray(activations[rows]))
+        codes = dictionary.encode(widened(jnp.asarray(activations[rows])))
         active = np.asarray((codes != 0).sum(1))
         if active.max() > max_active:
             raise InputError(f"a token has {active.max()} codes, over max_active={max_active}")

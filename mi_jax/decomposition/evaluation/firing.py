@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mi_jax.core.errors import InputError
-from mi_jax.decomposition.evaluation.batches import row_slices
+from mi_jax.decomposition.evaluation.batches import row_slices, widened
 from mi_jax.decomposition.evaluation.estimates import Estimate, bootstrap_mean, bootstrap_ratio, generator
 from mi_jax.decomposition.evaluation.matching import assign, at_partner
 from mi_jax.decomposition.evaluation.reconstructor import Reconstructor
@@ -81,7 +81,7 @@ def match_codes(
     Raises:
       InputError: not one row of true codes per activation.
     """
-    n = _checked(activations, true_codes)
+    n, dictionary = _checked(activations, true_codes), widened(dictionary)
     k_null, k_boot = jax.random.split(key)
     order = generator(k_null).permutation(n)
     true = np.asarray(true_codes, np.float32)
@@ -89,7 +89,7 @@ def match_codes(
     for rows, size in row_slices(n, batch_size):
         real = np.arange(len(rows)) < size
         batch = (activations[rows], true[rows] * real[:, None], true[order[rows]] * real[:, None], real)
-        sums = [np.asarray(a, np.float64) for a in _moments(dictionary, *map(jnp.asarray, batch))]
+        sums = [np.asarray(a, np.float64) for a in _moments(dictionary, *widened([jnp.asarray(a) for a in batch]))]
         totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
     assert totals is not None
     total, squares, crossed, crossed_null = totals
@@ -143,14 +143,14 @@ def match_firing(
     Raises:
       InputError: not one row of true codes per activation, or not one latent per feature.
     """
-    n = _checked(activations, true_codes)
+    n, dictionary = _checked(activations, true_codes), widened(dictionary)
     if latents.shape != (true_codes.shape[1],):
         raise InputError(f"{true_codes.shape[1]} features need one latent each, got shape {latents.shape}")
     chosen, found = np.maximum(latents, 0), latents >= 0
     lengths = np.ones(len(chosen))
     if true_directions is not None:
         ours = np.linalg.norm(np.asarray(dictionary.w_dec)[chosen], axis=1)  # type: ignore[attr-defined]
-        lengths = ours / np.maximum(np.linalg.norm(np.asarray(true_directions), axis=1), 1e-30)
+        lengths = ours / np.maximum(np.linalg.norm(np.asarray(true_directions, np.float32), axis=1), 1e-30)
     k_null, *keys = jax.random.split(key, 5)
     order = generator(k_null).permutation(n)
     true = np.asarray(true_codes, np.float32)
@@ -159,7 +159,7 @@ def match_firing(
     for rows, size in row_slices(n, batch_size):
         real = np.arange(len(rows)) < size
         batch = (activations[rows], true[rows] * real[:, None], true[order[rows]] * real[:, None], real)
-        x, there, elsewhere, counted = map(jnp.asarray, batch)
+        x, there, elsewhere, counted = widened([jnp.asarray(a) for a in batch])
         totals += np.stack(_counts(dictionary, x, there, elsewhere, counted, places, scale))
     fires, present, both, chance, product, square = totals
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mi_jax.decomposition.evaluation.batches import widened
+
 
 class LogisticProbe(eqx.Module):
     """Log-odds of a concept, `x · weight + bias`; leaves may have a leading axis of concepts."""
@@ -40,7 +42,8 @@ def fit_logistic(
       iterations: Newton steps at most, each cut in halves until it does not raise the objective; none that moves
         nothing in float32 is followed by another.
     """
-    weights = jnp.ones(x.shape[0], x.dtype) if weights is None else weights
+    x = widened(x)
+    weights = jnp.ones(x.shape[0], x.dtype) if weights is None else widened(weights)
     rows = jnp.concatenate([x, jnp.ones((x.shape[0], 1), x.dtype)], 1)
     y = labels.astype(x.dtype)
     # without a little of it the bias of a single class would run away

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mi_jax.core.errors import InputError
-from mi_jax.decomposition.evaluation.batches import row_slices
+from mi_jax.decomposition.evaluation.batches import row_slices, widened
 from mi_jax.decomposition.evaluation.reconstructor import Reconstructor
 
 
@@ -62,13 +62,13 @@ def pooled(values: Float[Array, "n *pos d"], mask: Bool[Array, "n pos"] | None) 
 
 @eqx.filter_jit
 def _sums(dictionary, x, mask, positive, negative):
-    codes = pooled(dictionary.encode(x).astype(jnp.float32), mask)
+    codes = pooled(widened(dictionary).encode(x), mask)
     return positive.T @ codes, negative.T @ codes
 
 
 @eqx.filter_jit
 def _gathered(dictionary, x, mask, latents):
-    return pooled(dictionary.encode(x).astype(jnp.float32), mask)[:, latents]
+    return pooled(widened(dictionary).encode(x), mask)[:, latents]
 
 
 @eqx.filter_jit
@@ -77,7 +77,7 @@ def _mean(x, mask):
 
 
 def _rows(examples: Examples, rows: np.ndarray) -> tuple[Array, Any]:
-    return jnp.asarray(examples.x[rows]), None if examples.mask is None else jnp.asarray(examples.mask[rows])
+    return widened(jnp.asarray(examples.x[rows])), None if examples.mask is None else jnp.asarray(examples.mask[rows])
 
 
 def class_means(
@@ -108,9 +108,7 @@ def codes_at(
 
 def mean_activations(examples: Examples, batch_size: int) -> Float[Array, "n d_in"]:
     """Pooled activations of every example."""
-    return jnp.concatenate(
-        [_mean(*_rows(examples, rows))[:n] for rows, n in row_slices(len(examples), batch_size)]
-    ).astype(jnp.float32)
+    return jnp.concatenate([_mean(*_rows(examples, rows))[:n] for rows, n in row_slices(len(examples), batch_size)])
 
 
 def balanced_weights(labels: Bool[np.ndarray, "n concept"]) -> Float[np.ndarray, "n concept"]:
@@ -131,4 +129,4 @@ def linear_decoder(dictionary: Any) -> Float[Array, "d_sae d_out"]:
             f"this score follows codes along fixed decoder directions w_dec [d_sae, d_out]; "
             f"{type(dictionary).__name__} has none (or normalises every token by its own scale)"
         )
-    return w_dec
+    return widened(w_dec)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mi_jax.decomposition.evaluation.batches import widened
+
 
 @partial(jax.jit, static_argnames=("k", "nonnegative"))
 def orthogonal_matching_pursuit(
@@ -26,6 +28,7 @@ def orthogonal_matching_pursuit(
     Returns:
       Codes and indices, in the order of choice.
     """
+    directions, x = widened((directions, x))
 
     def one(x):
         def step(state, i):

@@ -1,6 +1,7 @@
 """How well a dictionary reconstructs and how sparse it is: everything that needs neither labels nor the model."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 
 import equinox as eqx
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from mi_jax.core.errors import InputError
 from mi_jax.decomposition.coherence import Coherence, coherence
-from mi_jax.decomposition.evaluation.batches import Batch, pieces
+from mi_jax.decomposition.evaluation.batches import Batch, pieces, widened
 from mi_jax.decomposition.evaluation.density import (
     DENSE_THRESHOLD,
     dead_fraction,
@@ -69,6 +70,8 @@ class Evaluation(Reconstruction):
       sites: of every site of a crosscoder, in order; one for all other dictionaries.
       n_tokens: tokens evaluated.
       n_blocks: blocks that they are from.
+      n_massive: tokens whose activation or target has a norm over `massive_ratio` times the median. A few of them own
+        the variance: with any, FVU and its like describe them and nothing else.
     """
 
     l0: Estimate
@@ -82,6 +85,7 @@ class Evaluation(Reconstruction):
     sites: tuple[Reconstruction, ...]
     n_tokens: int
     n_blocks: int
+    n_massive: int
 
 
 # per token and site: ‖e‖², ‖y − m‖², cosine, ‖ŷ‖/‖y‖, whether y ≠ 0, ‖ŷ‖², ⟨ŷ, y⟩, ⟨ŷ − m, y − m⟩
@@ -111,8 +115,7 @@ def _terms(y: Array, guess: Array, mean: Array) -> Float[Array, "batch site term
 @eqx.filter_jit
 def _scores(dictionary, x, y, mean, membership, n_sites):
     """Terms of all sites together and of each, codes per token, and totals per group of blocks."""
-    codes, guess = dictionary.encode(x), dictionary(x).astype(jnp.float32)
-    y = y.astype(jnp.float32)
+    codes, guess = dictionary.encode(x), dictionary(x)
     terms = _terms(y[:, None], guess[:, None], mean[None])
     if n_sites > 1:
         shape = (y.shape[0], n_sites, y.shape[1] // n_sites)
@@ -121,7 +124,8 @@ def _scores(dictionary, x, y, mean, membership, n_sites):
     fires = (codes != 0).astype(jnp.float32)
     centred = y - mean[None, :]
     finite = jnp.isfinite(x).all() & jnp.isfinite(y).all()
-    return terms, fires.sum(-1), membership @ fires, membership @ centred, membership @ (y - guess), finite
+    norms = jnp.stack([jnp.linalg.norm(a, axis=1) for a in (x, y)], 1)
+    return terms, fires.sum(-1), norms, membership @ fires, membership @ centred, membership @ (y - guess), finite
 
 
 def evaluate(
@@ -135,8 +139,11 @@ def evaluate(
     batch_size: int = 2048,
     n_sites: int | None = None,
     dense_threshold: float = DENSE_THRESHOLD,
+    massive_ratio: float | None = 10.0,
 ) -> Evaluation:
     """Scores a dictionary on held-out activations, in one pass. Score its null (`baselines`) in the same way.
+
+    Activations in half precision are scored in float32, by the dictionary's own codes of them.
 
     Args:
       dictionary: anything with `encode` and a call that reconstructs.
@@ -148,6 +155,7 @@ def evaluate(
       batch_size: tokens at a time; [batch_size, d_sae] codes are held at once, and no more.
       n_sites: of a crosscoder, whose outputs are flattened [site, d_model]; None asks the dictionary.
       dense_threshold: the share of tokens above which a latent is dense.
+      massive_ratio: tokens with a norm over this many times the median are counted, and warned of; None counts none.
 
     Raises:
       InputError: no tokens, blocks or targets that are not one per token, a mean of another width, or activations or
@@ -155,39 +163,43 @@ def evaluate(
       ValueError: all tokens are from one block, which gives no interval.
     """
     sites = getattr(dictionary, "n_sites", 1) if n_sites is None else n_sites
-    mean = jnp.asarray(mean, jnp.float32)
+    dictionary, mean = widened(dictionary), jnp.asarray(mean, jnp.float32)
     if mean.shape[0] % sites:
         raise InputError(f"outputs of width {mean.shape[0]} are not those of {sites} sites")
-    tokens, l0s, owners, fired, centred, errors = [], [], [], 0.0, 0.0, 0.0
+    tokens, l0s, norms, owners, fired, centred, errors = [], [], [], [], 0.0, 0.0, 0.0
+    numbers: dict[int, int] = {}
     for piece in pieces(_batches(activations, blocks, targets), batch_size):
         if piece.targets.shape[1] != mean.shape[0]:
             raise InputError(f"the targets have width {piece.targets.shape[1]}, their mean {mean.shape[0]}")
-        member = (piece.blocks[None, :] % _GROUPS == np.arange(_GROUPS)[:, None]) & piece.real[None, :]
+        owner = _numbered(piece.blocks, numbers)
+        member = (owner[None, :] % _GROUPS == np.arange(_GROUPS)[:, None]) & piece.real[None, :]
         *scores, finite = _scores(
             dictionary, piece.inputs, piece.targets, mean, jnp.asarray(member, jnp.float32), sites
         )
-        terms, l0, *totals = (np.asarray(s, np.float64) for s in scores)
+        terms, l0, sizes, *totals = (np.asarray(s, np.float64) for s in scores)
         if not finite or not np.isfinite(terms).all():
             what = "reconstructions" if finite else "activations"
             raise InputError(f"{what} that are NaN or infinite, among tokens {_seen(owners)} to {_seen(owners, piece)}")
         tokens.append(terms[piece.real])
         l0s.append(l0[piece.real])
-        owners.append(piece.blocks[piece.real])
+        norms.append(sizes[piece.real])
+        owners.append(owner[piece.real])
         fired, centred, errors = (a + b for a, b in zip((fired, centred, errors), totals, strict=True))
     if not owners:
         raise InputError("there are no activations to evaluate on")
 
-    _, owner, sizes = np.unique(np.concatenate(owners), return_inverse=True, return_counts=True)
-    n_groups = np.unique(np.unique(np.concatenate(owners)) % _GROUPS)
-    sizes = sizes.astype(np.float64)
+    owner = np.concatenate(owners)
+    sizes = np.bincount(owner).astype(np.float64)
     # empty groups are no groups
-    fired, centred, errors = (np.asarray(a)[n_groups] for a in (fired, centred, errors))
+    n_groups = min(len(sizes), _GROUPS)
+    fired, centred, errors = (np.asarray(a)[:n_groups] for a in (fired, centred, errors))
     terms = np.concatenate(tokens)
     flat = terms.reshape(len(terms), -1)
     per_block = np.stack([np.bincount(owner, column) for column in flat.T], 1).reshape(-1, *terms.shape[1:])
-    per_group = np.stack([np.bincount(np.concatenate(owners) % _GROUPS, column) for column in flat.T], 1)
-    per_group = per_group.reshape(-1, *terms.shape[1:])[n_groups]
-    counts = np.bincount(np.concatenate(owners) % _GROUPS)[n_groups].astype(np.float64)
+    per_group = np.stack([np.bincount(owner % _GROUPS, column) for column in flat.T], 1)
+    per_group = per_group.reshape(-1, *terms.shape[1:])
+    counts = np.bincount(owner % _GROUPS).astype(np.float64)
+    n_massive = _massive(np.concatenate(norms), massive_ratio)
 
     keys = iter(jax.random.split(key, 6 * terms.shape[1] + 1))
     width = mean.shape[0] // sites
@@ -224,7 +236,30 @@ def evaluate(
         sites=tuple(each),
         n_tokens=int(counts.sum()),
         n_blocks=len(sizes),
+        n_massive=n_massive,
     )
+
+
+def _numbered(blocks: Int[np.ndarray, " token"], numbers: dict[int, int]) -> Int[np.ndarray, " token"]:
+    """Numbers of the blocks in the order in which they are first seen, whatever their ids; `numbers` is filled up."""
+    ids, first, place = np.unique(blocks, return_index=True, return_inverse=True)
+    for i in np.argsort(first):
+        numbers.setdefault(ids[i].item(), len(numbers))
+    return np.array([numbers[i] for i in ids.tolist()])[place]
+
+
+def _massive(norms: Float[np.ndarray, "token side"], ratio: float | None) -> int:
+    """How many tokens have an activation or a target of an outstanding norm; says so where there are any."""
+    if ratio is None:
+        return 0
+    count = int((norms > ratio * np.median(norms, axis=0)[None, :]).any(1).sum())
+    if count:
+        warnings.warn(
+            f"{count} of {len(norms)} tokens have a norm over {ratio:g} times the median and own the variance, so that "
+            "the scores describe them; evaluate on activations[~massive(activations)], or set massive_ratio=None",
+            stacklevel=3,
+        )
+    return count
 
 
 def _batches(activations, blocks, targets) -> Iterable[Batch]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mi_jax.decomposition.evaluation.batches import widened
 from mi_jax.decomposition.evaluation.estimates import Estimate, bootstrap_ratio
 
 
@@ -24,6 +25,7 @@ def cross_entropy_recovered(
     Raises:
       ValueError: the ablation costs nothing over all, so that the ratio has no meaning.
     """
+    ce_clean, ce_spliced, ce_ablated = (np.asarray(a, np.float64) for a in (ce_clean, ce_spliced, ce_ablated))
     cost = ce_ablated - ce_clean
     if not float(cost.sum()) > 0:
         raise ValueError(
@@ -45,6 +47,7 @@ def kl_recovered(
     Raises:
       ValueError: the ablation changes nothing.
     """
+    kl_spliced, kl_ablated = (np.asarray(a, np.float64) for a in (kl_spliced, kl_ablated))
     if not float(kl_ablated.sum()) > 0:
         raise ValueError("the ablation changes no prediction, so that there is nothing to recover")
     return bootstrap_ratio(kl_ablated - kl_spliced, kl_ablated, key=key)
@@ -54,5 +57,5 @@ def kl_divergence(
     logits: Float[Array, "*batch d_vocab"], other: Float[Array, "*batch d_vocab"]
 ) -> Float[Array, "*batch"]:
     """KL(p ‖ q) = Σ p (log p − log q) in nats, p from `logits` and q from `other`."""
-    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
+    log_p, log_q = (jax.nn.log_softmax(widened(a)) for a in (logits, other))
     return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)

@@ -18,7 +18,7 @@ from mi_jax.core.edits import patch, transform
 from mi_jax.core.errors import InputError
 from mi_jax.core.sites import at
 from mi_jax.core.transforms import SiteModel, capture, intervene
-from mi_jax.decomposition.evaluation.batches import row_slices
+from mi_jax.decomposition.evaluation.batches import row_slices, widened
 from mi_jax.decomposition.evaluation.estimates import Estimate, bootstrap_ratio
 from mi_jax.decomposition.evaluation.reconstructor import Reconstructor
 from mi_jax.decomposition.evaluation.recovered import cross_entropy_recovered, kl_divergence, kl_recovered
@@ -31,7 +31,8 @@ class Selected(eqx.Module):
     where: Bool[Array, "batch pos"]
 
     def __call__(self, x: Float[Array, "batch pos d_model"]) -> Float[Array, "batch pos d_model"]:
-        return jnp.where(self.where[..., None], self.fn(x), x)
+        # a dictionary computes in float32, whatever the model does
+        return jnp.where(self.where[..., None], self.fn(widened(x)).astype(x.dtype), x)
 
 
 class Constant(eqx.Module):
@@ -100,6 +101,7 @@ def replaced_tokens(mask: Bool[Array | np.ndarray, "batch pos"]) -> Bool[np.ndar
 
 def _runs(model, dictionary, mean, tokens, mask, where, layer, site, read_site, options) -> tuple[Array, ...]:
     """Outputs clean, spliced, ablated to zero, and ablated to the mean."""
+    dictionary = widened(dictionary)
 
     def replaced(fn):
         return intervene(model, transform(site, Selected(fn, where), layer=layer))(tokens, mask, **options)
@@ -109,7 +111,8 @@ def _runs(model, dictionary, mean, tokens, mask, where, layer, site, read_site, 
     else:
         wanted = [at(name, layers=layer) for name in (read_site, site)]
         clean, acts = capture(model, *wanted)(tokens, mask, **options)
-        y = jnp.where(where[..., None], dictionary(acts[read_site]), acts[site])
+        y = dictionary(widened(acts[read_site])).astype(acts[site].dtype)
+        y = jnp.where(where[..., None], y, acts[site])
         spliced = intervene(model, patch(site, y, layer=layer))(tokens, mask, **options)
     return clean, spliced, replaced(Constant(jnp.zeros_like(mean))), replaced(Constant(mean))
 
@@ -252,7 +255,7 @@ def task_effect(
 @eqx.filter_jit
 def _metrics(model, dictionary, mean, tokens, mask, where, layer, site, read_site, metric, options):
     runs = _runs(model, dictionary, mean, tokens, mask, where, layer, site, read_site, options)
-    return tuple(metric(run) for run in runs)
+    return tuple(metric(widened(run)) for run in runs)
 
 
 def _checked(tokens, mask, where) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -26,14 +26,14 @@ class TrainConfig:
       b1, b2: decay rates of the moments.
       clip: largest global norm of a gradient; None for no limit.
       decoder: `unit`, rows keep norm 1 and gradients lose their part along them; `free`.
-      dead_after: steps without firing after which a latent counts as dead.
+      dead_after: tokens without firing after which a latent counts as dead.
       sparsity_warmup_steps: steps over which λ rises linearly from zero.
       k_start: places per token at the first step, falling linearly to k over `k_steps`; None for k from the start.
       k_steps: see `k_start`.
       control: gain of the controller that moves λ until L0 is the objective's `target_l0`; 0 for none.
       resample_every: steps between which dead latents are drawn anew from badly reconstructed tokens; 0 for never.
       resample_until: no resampling after this fraction of the steps.
-      threshold_rate: weight of a batch in the running mean of BatchTopK's smallest code.
+      threshold_rate: weight of a batch in the running mean of BatchTopK's smallest code, while it trains.
       steps_per_call: optimiser steps per compiled call, at most; a call ends with its epoch.
       massive_ratio: `fit` refuses activations with a norm over this many times the median; None lets them pass.
     """
@@ -48,7 +48,7 @@ class TrainConfig:
     b2: float = 0.99
     clip: float | None = None
     decoder: Literal["unit", "free"] = "unit"
-    dead_after: int = 20
+    dead_after: int = 20_000
     sparsity_warmup_steps: int = 0
     k_start: int | None = None
     k_steps: int = 0

@@ -15,14 +15,16 @@ from mi_jax.core.precision import widened
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.cross_layer import CrossLayerTranscoder
 from mi_jax.decomposition.cross_layer_config import CrossLayerConfig, check_cross_layer, init_cross_layer
-from mi_jax.decomposition.cross_layer_loss import bounded, choose, cross_layer_loss, decode, encode
+from mi_jax.decomposition.cross_layer_loss import bounded, choose, cross_layer_loss, decode, encode, largest_codes
 from mi_jax.decomposition.massive import massive
+from mi_jax.decomposition.objective import in_turn
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
-from mi_jax.decomposition.training.fit import History, Report, history_of, run_steps
+from mi_jax.decomposition.training.fit import History, Report, history_of, last_pass, run_steps
 from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.source import normalisation
 from mi_jax.decomposition.training.state import TrainState, checked_knobs, init_state
 from mi_jax.decomposition.training.step import descended, scheduled
+from mi_jax.decomposition.training.threshold import settled
 
 
 class LayersInMemory(eqx.Module):
@@ -44,10 +46,12 @@ class LayersInMemory(eqx.Module):
     batch_size: int = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True, default=None)
 
-    def batch(self, step: Int[Array, ""]) -> tuple[Float[Array, "token layer d_in"], Float[Array, "token layer d_out"]]:
+    def batch(
+        self, step: Int[Array, ""]
+    ) -> tuple[Float[Array, "token layer d_in"], Float[Array, "token layer d_out"], None]:
         start = step % (self.x.shape[0] // self.batch_size) * self.batch_size
         rows = jax.lax.dynamic_slice_in_dim(self.order, start, self.batch_size)
-        return self._placed(self.x[rows], self.scale_x), self._placed(self.y[rows], self.scale_y)
+        return self._placed(self.x[rows], self.scale_x), self._placed(self.y[rows], self.scale_y), None
 
     def _placed(self, x: Array, scale: Array) -> Array:
         x = widened(x) * scale[None, :, None]
@@ -66,8 +70,8 @@ def cross_layer_step(
 
     `l0` counts codes per token and layer; `fvu` is over all layers together.
     """
-    x, y = source.batch(state.step)
-    dead = state.since_fired >= train.dead_after
+    x, y, _ = source.batch(state.step)
+    dead = in_turn(state.since_fired >= train.dead_after, objective.aux_candidates, state.step)
     coefficients = scheduled(state, knobs, objective, train)
 
     def loss_of(transcoder, chosen, _):
@@ -133,7 +137,7 @@ def fit_cross_layer(
     source = LayersInMemory(inputs, targets, order, scale_x, scale_y, train.batch_size, mesh)
     k_init, k_order = jax.random.split(key)
     if state is None:
-        x, y = source.batch(jnp.int32(0))
+        x, y, _ = source.batch(jnp.int32(0))
         fresh = _match_size(init_cross_layer(config, key=k_init, mean=y.mean(0)), x, y)
         current = init_state(fresh, config.layer, objective, train, frozen_decoder=frozen_decoder)
         if mesh is not None:
@@ -143,7 +147,8 @@ def fit_cross_layer(
     current, history = run_steps(
         current, source, k_order, own, objective, train, frozen_decoder, progress, one_step=cross_layer_step
     )
-    return fold_layer_scales(current.dictionary, scale_x, scale_y), history_of(history)
+    transcoder = settled(current.dictionary, last_pass(source, k_order, train), largest_codes)
+    return fold_layer_scales(transcoder, scale_x, scale_y), history_of(history)
 
 
 def fold_layer_scales(

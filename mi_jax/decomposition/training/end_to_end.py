@@ -17,16 +17,17 @@ from mi_jax.core.errors import InputError
 from mi_jax.decomposition.config import DictionaryConfig, check_combination
 from mi_jax.decomposition.dictionary import Dictionary, fold_scale
 from mi_jax.decomposition.massive import massive_limit, norms
-from mi_jax.decomposition.objective import without_dead
+from mi_jax.decomposition.objective import in_turn, without_dead
 from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.continuation import Continuation
 from mi_jax.decomposition.training.end_to_end_loss import Clean, EndToEnd, EndToEndLosses, end_to_end_loss
-from mi_jax.decomposition.training.fit import History, Report, finished, history_of, run_steps, start_from
+from mi_jax.decomposition.training.fit import History, Report, finished, history_of, last_pass, run_steps, start_from
 from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.resample import resample
 from mi_jax.decomposition.training.source import filled, normalisation
 from mi_jax.decomposition.training.state import TrainState, checked_knobs, counts_codes, init_state, with_places
 from mi_jax.decomposition.training.step import METRICS, bounded, descended, scheduled, with_k
+from mi_jax.decomposition.training.threshold import Read
 
 END_TO_END_METRICS = (*METRICS, "kl", "downstream")
 # batches of contexts over which the scale of activations and the norm of massive ones are estimated
@@ -72,14 +73,21 @@ class InModel(eqx.Module):
     def clean(self, step: Int[Array, ""]) -> Clean:
         """The model's own run on the batch of a step."""
         tokens, mask, read, value, used = self.activations(step)
-        flat = used[:, self.skip_positions :].reshape(-1)
-
-        def rows(a, scale):
-            return filled(a[:, self.skip_positions :].reshape(flat.shape[0], -1).astype(scale.dtype) * scale, flat)
-
         logits, later = self.rest(value, tokens, mask)
-        x, y = rows(read, self.scale_x), rows(value, self.scale_y)
-        return Clean(tokens, mask, value, used, x, y, flat, logits, later)
+        (x, valid), (y, _) = self._rows(read, used, self.scale_x), self._rows(value, used, self.scale_y)
+        return Clean(tokens, mask, value, used, x, y, valid, logits, later)
+
+    @eqx.filter_jit
+    def read(self, step: Int[Array, ""]) -> Read:
+        """What the dictionary reads in the batch of a step, normalised, without the model's run after it."""
+        _, _, read, _, used = self.activations(step)
+        return self._rows(read, used, self.scale_x)
+
+    def _rows(self, a: Array, used: Array, scale: Array) -> tuple[Array, Array]:
+        """A row per token after the first positions, and which of them are replaced."""
+        flat = used[:, self.skip_positions :].reshape(-1)
+        rows = a[:, self.skip_positions :].reshape(flat.shape[0], -1)
+        return filled(rows.astype(scale.dtype) * scale, flat), flat
 
     def _name(self, site: str) -> str:
         return self.rest.model.site_table.resolve(site)[0].name
@@ -95,7 +103,7 @@ def end_to_end_step(
 ) -> tuple[TrainState[Dictionary], dict[str, Array]]:
     """The state after one step on the source's contexts, and the scalars that `END_TO_END_METRICS` names."""
     clean = source.clean(state.step)
-    dead = state.since_fired >= train.dead_after
+    dead = in_turn(state.since_fired >= train.dead_after, objective.codes.aux_candidates, state.step)
     coefficients = scheduled(state, knobs, objective.codes, train)
 
     def loss_of(dictionary, places, few):
@@ -220,7 +228,8 @@ def fit_end_to_end(
         one_step=end_to_end_step,
         names=END_TO_END_METRICS,
     )
-    return finished(current, own, scale_x, scale_y if config.transcoder else None), history_of(history)
+    batches = last_pass(source, k_order, train, InModel.read)
+    return finished(current, own, scale_x, scale_y if config.transcoder else None, batches), history_of(history)
 
 
 def _sample(source: InModel, config: DictionaryConfig, train: TrainConfig) -> tuple[Array, Array, Array]:

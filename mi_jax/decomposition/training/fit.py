@@ -4,7 +4,7 @@ Batch t is a function of (key, t) alone: the order of an epoch is a permutation 
 steps run per compiled call, so the host is not asked anything between them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.source import InMemory, Source, batch_sharding, normalisation
 from mi_jax.decomposition.training.state import TrainState, checked_knobs, counts_codes, init_state, with_places
 from mi_jax.decomposition.training.step import METRICS, update
+from mi_jax.decomposition.training.threshold import Read, settled
 
 History = list[dict[str, float]]
 Report = Callable[[TrainState, dict[str, float]], None]
@@ -155,7 +156,8 @@ def fit(
     else:
         current = start(source, config, objective, train, key=k_init, knobs=knobs, frozen_decoder=frozen_decoder)
     current, history = run_steps(current, source, k_order, own, objective, train, frozen_decoder, progress)
-    return finished(current, own, source.scale_x, source.scale_y if targets is not None else None), history_of(history)
+    scale_y = source.scale_y if targets is not None else None
+    return finished(current, own, source.scale_x, scale_y, last_pass(source, k_order, train)), history_of(history)
 
 
 def fit_many(
@@ -203,8 +205,11 @@ def fit_many(
     )
     if together:
         state = tuple(jax.tree.map(lambda leaf: leaf[i], state) for i in range(n))  # noqa: B023
-    dictionaries = [finished(one, own, source.scale_x, scale_y) for one, own in zip(state, each, strict=True)]
-    return dictionaries, [history_of(histories, i) for i in range(n)]
+    done = [
+        finished(one, own, source.scale_x, scale_y, last_pass(source, k_order, train))
+        for one, own in zip(state, each, strict=True)
+    ]
+    return done, [history_of(histories, i) for i in range(n)]
 
 
 def start(
@@ -247,13 +252,34 @@ def start_from(
     return state if mesh is None else sharding.shard(state, logical_axes(state), mesh)
 
 
-def finished(state: TrainState, knobs: Knobs, scale_x: Array, scale_y: Array | None) -> Dictionary:
-    """The trained dictionary in the units of the activations."""
+def finished(
+    state: TrainState, knobs: Knobs, scale_x: Array, scale_y: Array | None, batches: Iterable[Read] = ()
+) -> Dictionary:
+    """The trained dictionary in the units of the activations.
+
+    `batches` of what it reads, normalised, settle BatchTopK's threshold.
+    """
     dictionary = state.dictionary
     if counts_codes(dictionary) and getattr(dictionary.activation, "k_now", None) is not None:
         dictionary = eqx.tree_at(lambda d: d.activation.k_now, dictionary, knobs.k)
         dictionary = with_places(dictionary, None)
-    return fold_scale(dictionary, scale_x, scale_y)
+    return fold_scale(settled(dictionary, batches), scale_x, scale_y)
+
+
+def _read(source: Source, step: Array) -> Read:
+    x, _, valid = source.batch(step)
+    return x, valid
+
+
+def last_pass(
+    source: Any, k_order: Array, train: TrainConfig, read: Callable[[Any, Array], Read] = _read
+) -> Iterator[Read]:
+    """What is read in some batches, drawn as those of an epoch after the last."""
+    n = source.order.shape[0]
+    order = jax.random.permutation(jax.random.fold_in(k_order, train.steps), n)
+    source = eqx.tree_at(lambda s: s.order, source, order)
+    for step in range(n // train.batch_size):
+        yield read(source, jnp.int32(step))
 
 
 def run_steps(

@@ -26,7 +26,7 @@ class TrainState(eqx.Module, Generic[D]):
       dictionary: in the units of normalised activations.
       optimiser: moments.
       step: optimiser steps done.
-      since_fired: steps since each latent last had a code.
+      since_fired: tokens since each latent last had a code, counted up to `dead_after` and a batch.
       log_sparsity: the controller's, added to the logarithm of λ.
       l0: running mean of codes per token, which the controller reads.
     """

@@ -12,12 +12,13 @@ from mi_jax.decomposition.activations import BatchTopK, JumpReLU, TopK
 from mi_jax.decomposition.config import Objective
 from mi_jax.decomposition.dictionary import Dictionary
 from mi_jax.decomposition.initial import unit_rows
-from mi_jax.decomposition.objective import Coefficients, Losses, loss, without_dead
+from mi_jax.decomposition.objective import Coefficients, Losses, in_turn, loss, without_dead
 from mi_jax.decomposition.training.adam import adam_update
 from mi_jax.decomposition.training.config import Knobs, TrainConfig, direction, rate
 from mi_jax.decomposition.training.gradients import gradients
 from mi_jax.decomposition.training.resample import resample
 from mi_jax.decomposition.training.state import TrainState, knobs_of, trainable
+from mi_jax.decomposition.training.threshold import running
 
 METRICS = (
     "loss",
@@ -51,7 +52,7 @@ def update(
     that of the mean over these rows times their share of the batch. Metrics are means over them.
     """
     dictionary = with_k(state, knobs, train)
-    dead = state.since_fired >= train.dead_after
+    dead = in_turn(state.since_fired >= train.dead_after, objective.aux_candidates, state.step)
     coefficients = scheduled(state, knobs, objective, train)
 
     def loss_of(dictionary, places, few):
@@ -143,7 +144,9 @@ def descended(
         "overflow": 1.0 - fits.astype(y.dtype),
         "rows": rows,
     }
-    since_fired = jnp.where(parts.fired > 0, 0, state.since_fired + 1)
+    # no more than is asked for, so that a long training does not overflow
+    tokens = jnp.minimum(state.since_fired, train.dead_after) + (n if valid is None else valid.sum(dtype=jnp.int32))
+    since_fired = jnp.where(parts.fired > 0, 0, tokens)
     mean_l0 = jnp.where(state.step == 0, l0, state.l0 + (1 - L0_DECAY) * share * (l0 - state.l0))
     state = TrainState(
         dictionary=dictionary,
@@ -245,8 +248,6 @@ def _constrained(dictionary: Any, parts: Losses, train: TrainConfig, step: Array
     if isinstance(activation, JumpReLU):
         return eqx.tree_at(lambda d: d.activation.threshold, dictionary, jnp.maximum(activation.threshold, 0.0))
     if isinstance(activation, BatchTopK):
-        old = activation.threshold
-        seen = jnp.where(jnp.isfinite(parts.smallest), parts.smallest, old)
-        new = jnp.where(step == 0, seen, old + train.threshold_rate * (seen - old))
+        new = running(activation.threshold, parts.smallest, step, train.threshold_rate)
         return eqx.tree_at(lambda d: d.activation.threshold, dictionary, new)
     return dictionary

@@ -6,7 +6,7 @@ call per `steps_per_call` steps, so nothing is asked of the host between them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from mi_jax.decomposition.training.config import Knobs, TrainConfig
 from mi_jax.decomposition.training.fit import finished, start_from, train_steps
 from mi_jax.decomposition.training.source import filled, normalisation
 from mi_jax.decomposition.training.state import TrainState, checked_knobs
+from mi_jax.decomposition.training.threshold import TOKENS, Read
 from mi_jax.run.config import config_to_json
 
 Curves = dict[str, np.ndarray]
@@ -184,10 +185,24 @@ def fit_stream(
             if checkpoints is not None and (step % checkpoint_every == 0 or step == first.steps):
                 checkpoints.save(step, runs, curves)
     done = {
-        name: finished(run.state, knobs[name], run.scale_x, run.scale_y if trainings[name].writes else None)
+        name: finished(
+            run.state,
+            knobs[name],
+            run.scale_x,
+            run.scale_y if trainings[name].writes else None,
+            _read(stream, parts[name][0], run.scale_x),
+        )
         for name, run in runs.items()
     }
     return done, curves
+
+
+def _read(stream: Shuffled, reads: tuple[Part, ...], scale: Array) -> Iterator[Read]:
+    """What a training reads in the stream's first batches, normalised, and which rows are valid."""
+    rows = stream.take(min(-(-TOKENS // stream.batch_size), stream.steps_per_epoch))
+    for step in range(rows.valid.shape[0]):
+        batch = jax.tree.map(lambda a: a[step], rows)  # noqa: B023
+        yield filled(columns(batch, reads), batch.valid) * scale, batch.valid
 
 
 def _next(step: int, every: int) -> int:

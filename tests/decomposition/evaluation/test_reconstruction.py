@@ -134,3 +134,23 @@ def test_what_cannot_be_scored_is_named(x):
         evaluate(toy, [], **options)
     with pytest.raises(InputError, match="width 6, their mean 4"):
         evaluate(toy, x, blocks=BLOCKS, mean=np.zeros(4, np.float32), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("factor", [1, 20, -40, 10**12])
+def test_ids_of_blocks_mean_nothing(x, factor):
+    toy, options = random_toy(1, D, 12), {"mean": x.mean(0), "key": jax.random.key(2)}
+    want = evaluate(toy, x, blocks=BLOCKS, **options)
+    got = evaluate(toy, x, blocks=BLOCKS.astype(np.int64) * factor, **options)
+    for field in dataclasses.fields(want):
+        a, b = (getattr(scores, field.name) for scores in (want, got))
+        np.testing.assert_equal(repr(a), repr(b))
+
+
+def test_massive_tokens_are_counted_and_warned_of(x):
+    toy, options = random_toy(1, D, 12), {"mean": x.mean(0), "key": jax.random.key(2), "blocks": BLOCKS}
+    assert evaluate(toy, x, **options).n_massive == 0
+    massive = np.where(np.arange(N)[:, None] == 41, 100 * x, x)
+    for data in ({"activations": massive}, {"activations": x, "targets": massive}):
+        with pytest.warns(UserWarning, match="1 of 90 tokens have a norm over 10 times the median"):
+            assert evaluate(toy, **data, **options).n_massive == 1
+    assert evaluate(toy, massive, massive_ratio=None, **options).n_massive == 0
