@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mi_jax.run import Workdir, WorkdirError
 from mi_jax.core.dtypes import SAFETENSORS_DTYPES
+from mi_jax.run import Workdir, WorkdirError
 
 
 @dataclasses.dataclass(frozen=True)
