@@ -151,7 +151,9 @@ def test_scores_are_those_of_float32(method, dtype):
     size = max(float(jnp.abs(full[site]).max()) for site in SITES)
     for site in SITES:
         assert half[site].dtype == jnp.float32
-        np.testing.assert_allclose(half[site], full[site], atol=tolerance(dtype) * size, err_msg=site)
+        # a forward and a backward pass, each of which may differ by the tolerance
+        np.testing.assert_allclose(half[site], full[site], atol=2 * tolerance(dtype) * size, err_msg=site)
+        assert np.corrcoef(np.ravel(half[site]), np.ravel(full[site]))[0, 1] > 0.99
 
 
 def test_small_gradients_of_many_prompts_do_not_vanish():
@@ -165,7 +167,7 @@ def test_small_gradients_of_many_prompts_do_not_vanish():
         model = cast(cast(tiny(), jnp.float16), dtype)
         found[dtype] = np.asarray(mi.jit(mi.attribute(model, small, "attn.z"))(clean, corrupt)["attn.z"])
     size = np.abs(found[jnp.float32]).max()
-    np.testing.assert_allclose(found[jnp.float16], found[jnp.float32], atol=tolerance(jnp.float16) * size)
+    np.testing.assert_allclose(found[jnp.float16], found[jnp.float32], atol=2 * tolerance(jnp.float16) * size)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: dtype.__name__)

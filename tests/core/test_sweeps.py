@@ -160,7 +160,8 @@ def test_the_program_does_not_grow_with_the_prompt():
     def constant_bytes(n_pos):
         edit = mi.ablate("attn.z", layer=mi.each, pos=mi.each, head=mi.each)
         text = eqx.filter_jit(mi.sweep(tiny(), edit, metric)).lower(prompts(0, 2, n_pos)).as_text()
-        return sum(len(found) for found in re.findall(r"dense<([^>]*)>", text))
+        # lists and bytes; a number that fills an array is written once
+        return sum(len(found) for found in re.findall(r"dense<([\[\"][^>]*)>", text))
 
     assert constant_bytes(12) == constant_bytes(6)
 
