@@ -41,6 +41,9 @@ from mi_jax.circuits.neuron_runs import neuron_faithfulness as neuron_faithfulne
 from mi_jax.circuits.neurons import neuron_scores as neuron_scores
 from mi_jax.circuits.neurons import top_neurons as top_neurons
 from mi_jax.circuits.nodes import node_scores as node_scores
+from mi_jax.circuits.plateau import Plateau as Plateau
+from mi_jax.circuits.plateau import plateau as plateau
+from mi_jax.circuits.plateau import plateau_circuit as plateau_circuit
 from mi_jax.circuits.scores import METHODS as METHODS
 from mi_jax.circuits.scores import edge_scores as edge_scores
 from mi_jax.circuits.search import acdc as acdc
