@@ -1,8 +1,8 @@
 """The causal audit of a probe: is what it reads what the model uses?
 
 A probe may read a correlate. The audit moves the activations along the probe's pattern until its score is that of
-benign text, and measures what the model then does: the behaviour should go, benign behaviour should stay, and a step of equal
-length from one activation towards another, drawn at random, should do neither. Isotropic directions are no such
+benign text, and measures what the model then does: the behaviour should go, benign behaviour should stay, and a step of
+equal length from one activation towards another, drawn at random, should do neither. Isotropic directions are no such
 control: most of them lie where activations do not vary, so that almost any other direction beats them. The edit is
 also made at parts of its length, because one that is long enough breaks whatever it meets.
 """

@@ -32,4 +32,5 @@ from mi_jax.validation.superposition import SuperpositionConfig as Superposition
 from mi_jax.validation.superposition import superposition as superposition
 from mi_jax.validation.truth import Truth as Truth
 from mi_jax.validation.truth import verify as verify
+from mi_jax.validation.zoo import ORGANISMS as ORGANISMS
 from mi_jax.validation.zoo import load_organism as load_organism

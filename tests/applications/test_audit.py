@@ -91,7 +91,7 @@ def test_the_benign_kl_is_that_of_the_edited_predictions(model):
 
 def test_random_directions_lie_where_activations_differ(model):
     """Activations that differ in one direction only leave no other one: the null is the probe's own direction."""
-    embed = jnp.zeros((VOCAB, D)).at[:, 0].set(jnp.arange(VOCAB) * 1.0).at[:, 1].set(5.0)
+    embed = jnp.zeros((VOCAB, D)).at[:, 0].set(jnp.arange(VOCAB, dtype=jnp.float32)).at[:, 1].set(5.0)
     line = eqx.tree_at(lambda m: m.embed, model, embed)
     one = jnp.zeros(D).at[0].set(1.0)
     tokens = jax.random.randint(jax.random.key(3), (6, 5), 0, VOCAB)
