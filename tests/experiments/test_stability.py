@@ -78,9 +78,8 @@ def test_movements_have_extremes_and_where_they_are():
     assert x.null == pytest.approx(0.3)
     # a null without its figure is a figure
     assert (alone.key, alone.moves) == ("a.alone_null", False)
-    assert as_results([alone]) == {
-        f"stability.a.alone_null.{k}": v for k, v in zip(("low", "mean", "high", "runs"), (5, 5, 5, 2))
-    }
+    values = {"low": 5, "mean": 5, "high": 5, "runs": 2}
+    assert as_results([alone]) == {f"stability.a.alone_null.{name}": value for name, value in values.items()}
 
 
 def test_figures_of_many_runs_stand_for_those_of_few():
