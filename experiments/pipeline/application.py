@@ -29,7 +29,7 @@ from mi_jax.validation import Organism, organism_from_arrays
 
 SITE, LAYER = "resid_post", 0
 FALSE_ALARM_RATE = 0.01
-RANDOM_DIRECTIONS = 64
+RANDOM_DIRECTIONS = 32
 DOSES = (0.25, 0.5, 1.0)
 # of the whole step's effect, at half of it: a linear effect has 0.5 there
 SATURATED = 0.75
@@ -172,7 +172,9 @@ def application(arrays: Mapping[str, np.ndarray], config: PipelineConfig, progre
             f"tokens as far along differences of two random activations ({len(effects)} of them); its interval is its "
             f"range. At half the step the probe has {causal.saturation:.0%} of its effect; a linear one has half. "
             + ("The whole step saturates: judge by the smaller ones. " if causal.saturation > SATURATED else "")
-            + "Before the edit the model gives the forbidden token a probability of "
+            + "Random directions do at least as much in "
+            + ", ".join(f"{d.p_value:.0%} of draws at {d.dose:.0%} of the step" for d in causal.doses)
+            + ". Before the edit the model gives the forbidden token a probability of "
             f"{step.probe.probability[0]:.3f}, after it {step.probe.probability[1]:.3f}. Made at every token instead, "
             f"the edit has an effect of {everywhere.whole.probe.effect:.1f} and costs benign text "
             f"{everywhere.whole.probe.benign_kl:.2f} nats per token (random {everywhere.whole.random_benign_kl:.2f}): "

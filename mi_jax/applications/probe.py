@@ -60,7 +60,7 @@ def fit_probe(
 
 @partial(jax.jit, static_argnames="iterations")
 def _fit(x: Float[Array, "n d_model"], labels: Bool[Array, " n"], *, ridge: float | Array, iterations: int) -> Probe:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
     mean, scale = x.mean(0), x.std(0) + 1e-6
     z = jnp.concatenate([(x - mean[None, :]) / scale[None, :], jnp.ones((x.shape[0], 1), x.dtype)], 1)
     y = labels.astype(x.dtype)
