@@ -5,8 +5,9 @@
 One to three minutes and 2 GB on 2 CPU cores. It writes `results.json`:
 
 - `smollm2.ablation_effect`: how much the loss on repeated random tokens rises (nats) when heads L18H6, L17H4 and L17H3
-  are replaced by their means, and `_null`, the same for random heads of the same layers: 3.4 and 0.2 are to be
-  expected. `smollm2.unrepeated_effect` is what the ablation costs where nothing repeats, about 0.
+  are replaced by their means, 3.4 is to be expected, and `_null`, the same for heads that attend the most to some
+  other place, chosen by the rule that finds induction heads (`smollm2.heads_by_rule`). `smollm2.unrepeated_effect` is
+  what the ablation costs where nothing repeats, about 0.
 - `smollm2.sweep_rank_LAYER_HEAD`: the rank of each of the three among all 270 heads ablated one at a time, in one
   program: 2 and 7, but 225 for L17H4, which costs nothing alone.
 - `organism.path_effect`: how much of the clean-to-corrupt gap of the logit difference goes along one path, from the
@@ -43,7 +44,7 @@ class InductionConfig:
       heads: the induction heads, "LAYER.HEAD" separated by commas; the default is SmolLM2's.
       sequences: of repeated random tokens.
       half: tokens before they repeat.
-      random_draws: sets of random heads of the same layers.
+      random_draws: sets of heads that are chosen alike for another place, at most one for every place.
       sweep_sequences, sweep_half: the sequences on which all heads are ablated one at a time.
       pairs: clean and corrupt prompts for the organism.
     """

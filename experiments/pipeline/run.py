@@ -20,8 +20,12 @@ from mi_jax.core.errors import InputError
 from mi_jax.data import read_documents
 from mi_jax.models import open_gguf, read_config, smollm2_path
 from mi_jax.report import terminal_table, write_report
+from mi_jax.report.figures import figures as figures_of
 from mi_jax.run import Progress, Stage, Workdir, run_stages
 
+STAGES = ("raw_model", "decomposition", "features", "circuit", "validation", "application")
+# exit code of a run that misses a bar; 1 and 2 are those of a user's mistake
+MISSED = 3
 # what a run must reach; checked in the table at the end
 BARS = {
     "model.parity_max_abs": "≤ 0.001",
@@ -36,12 +40,13 @@ BARS = {
     "organism.induction_accuracy": "≥ 0.9",
     "organism.trigger_rate": "≥ 0.95",
     "organism.false_rate": "≤ 0.005",
-    "organism.edge_f1": "≥ 0.8",
+    "organism.edge_f1_worst": "≥ 0.8",
+    "organism.edge_f1_mean": "≥ 0.9",
     "monitor.auroc": "≥ 0.98",
     "monitor.tpr_at_1pct_fpr": "≥ 0.9",
     "monitor.lead_tokens_median": "≥ 1",
     "monitor.causal_effect": "> null",
-    "run.seconds": "≤ 600",
+    "run.seconds": "≤ 300",
     "run.peak_rss_gb": "≤ 6",
 }
 LIMITS = (
@@ -49,8 +54,8 @@ LIMITS = (
     "The dictionary saw about 100,000 tokens of one kind of text, Python's own help. Other text is not tested.",
     "Explanations are rules over one token and the token before it; what depends on more is not explained.",
     "The circuit is of one template of one task, against one counterfactual. Other prompts may run elsewhere.",
-    "The organism was planted in its initial weights and trained to keep its mechanism. Its settings were chosen with "
-    "the found circuits in view: the search does not see the truth, but the network was not chosen blind to it.",
+    "Organisms were planted in their initial weights and trained to keep their mechanisms; the rule that decides on a "
+    "circuit's size was chosen on others. Their mechanisms are few and strong, unlike those of a language model.",
     "The monitor watches for one planted trigger that its training data shows, without an adversary.",
 )
 
@@ -75,7 +80,8 @@ class Run:
             ("validation", "validation", 50, lambda p: validation(config, p)),
             ("application", "application", 20, lambda p: application(load("validation"), config, p)),
         ]
-        return [Stage(name, title, self._kept(name, make), seconds) for name, title, seconds, make in makers]
+        chosen = stage_names(config)
+        return [Stage(name, title, self._kept(name, make), s) for name, title, s, make in makers if name in chosen]
 
     def _kept(self, name: str, make: Callable[[Progress], Outcome]) -> Callable[[Progress], dict]:
         def function(progress: Progress) -> dict:
@@ -88,6 +94,18 @@ class Run:
         return function
 
 
+def stage_names(config: PipelineConfig) -> tuple[str, ...]:
+    """The stages that a config asks for, in their order.
+
+    Raises:
+      InputError: a stage that does not exist.
+    """
+    asked = [name.strip() for name in config.stages.split(",") if name.strip()]
+    if unknown := [name for name in asked if name not in STAGES]:
+        raise InputError(f"config.stages={config.stages!r}: no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    return tuple(name for name in STAGES if not asked or name in asked)
+
+
 def check_inputs(config: PipelineConfig) -> None:
     """Finds what cannot work before anything is written.
 
@@ -95,6 +113,10 @@ def check_inputs(config: PipelineConfig) -> None:
       CheckpointError, TextError: the model's file or the text cannot be used.
       InputError: a layer that the model lacks, or contexts longer than it takes.
     """
+    if config.organisms < 1:
+        raise InputError(f"config.organisms={config.organisms}: at least the one that is trained")
+    if set(stage_names(config)) <= {"validation", "application"}:
+        return  # these need no language model
     shape = read_config(open_gguf(config.gguf or smollm2_path()))
     if config.text:
         read_documents(config.text)
@@ -111,6 +133,8 @@ def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | Non
     """Runs what the workdir does not have yet, writes report.html, prints the table; returns the results.
 
     Raises:
+      SystemExit: with code 3, after the report is written, where a figure misses its bar; `run.bars_failed` counts
+        them. Of a part of the stages only those bars count that it has figures for.
       WorkdirError: the workdir holds another experiment or another config.
       CheckpointError, TextError: see `load_subject` and `capture_streams`.
     """
@@ -124,15 +148,24 @@ def run_pipeline(config: PipelineConfig, workdir: str, *, console: Console | Non
     header = report_header(
         "From a raw network to a monitored one",
         folder,
-        model=results["model.name"],
+        model=results.get("model.name", ""),
         stages=[{"name": n, "title": n.replace("_", " "), "seconds": s} for n, s in seconds.items()],
     )
     report = folder.path / "report.html"
-    bars = None if config.smoke else BARS
-    write_report({"run": header, **figures, "limits": list(LIMITS)}, results, report, bars=bars)
+    bars = {} if config.smoke else BARS
+    if config.stages:
+        # the cost is that of the whole run
+        bars = {key: bar for key, bar in bars.items() if key in results and not key.startswith("run.")}
+    missed = [row.key for row in figures_of(results, bars) if row.met is False]
+    if bars:
+        folder.add_results({"run.bars_failed": len(missed)})
+    write_report({"run": header, **figures, "limits": list(LIMITS)}, folder.results, report, bars=bars)
     # the figures with a bar; the report has all of them
-    headline = {key: value for key, value in results.items() if key.split("_null")[0].split("_ci_")[0] in BARS}
-    console.print(terminal_table(headline, bars))
+    headline = {key: value for key, value in results.items() if key.split("_null")[0].split("_ci_")[0] in bars}
+    console.print(terminal_table(headline if bars else results, bars))
     console.print(f"{report}\n{folder.path / 'results.json'}", soft_wrap=True, markup=False)
     sys.stdout.flush()
-    return results
+    if missed:
+        print(f"error: {len(missed)} of {len(bars)} bars missed: {', '.join(missed)}", file=sys.stderr)
+        raise SystemExit(MISSED)
+    return folder.results

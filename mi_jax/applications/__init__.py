@@ -1,6 +1,7 @@
 """Applications: monitoring, control, prediction."""
 
 from mi_jax.applications.audit import Audit as Audit
+from mi_jax.applications.audit import Dose as Dose
 from mi_jax.applications.audit import SetScore as SetScore
 from mi_jax.applications.audit import audit as audit
 from mi_jax.applications.calibration import conformal_threshold as conformal_threshold

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
+from scipy import optimize, stats
 
+from mi_jax.core.errors import InputError
 from mi_jax.features.detection import auroc
+
+_Z = float(stats.norm.ppf(0.975))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,17 @@ def rate(hits: Bool[np.ndarray, " n"]) -> Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Lead:
-    """Tokens from the alarm to the event, over the sequences that were detected before it."""
+    """How early a monitor warns.
+
+    Attributes:
+      values: tokens from the alarm to the event, over the sequences whose alarm comes after its cause and before it.
+      premature: sequences whose alarm comes before the cause, so that it cannot have been raised by it.
+      n: all sequences.
+    """
 
     values: tuple[int, ...]
+    premature: int
+    n: int
 
     @property
     def median(self) -> float:
@@ -52,30 +63,84 @@ class Lead:
 def sequence_scores(
     running: Float[np.ndarray, "batch pos"], end: Int[np.ndarray, " batch"]
 ) -> Float[np.ndarray, " batch"]:
-    """The running score just before `end`: what the monitor knows before the event, or at the end of the sequence."""
-    return np.take_along_axis(running, end[:, None] - 1, axis=1)[:, 0]
+    """The running score just before `end`: what the monitor knows before the event, or at the end of the sequence.
+
+    An event at the first token leaves nothing to be known: −∞.
+
+    Raises:
+      InputError: an end outside the sequence (its length is the last one there is).
+    """
+    length = running.shape[1]
+    if ((end < 0) | (end > length)).any():
+        raise InputError(f"sequences of {length} tokens end at 0 to {length}; got {int(end.min())} to {int(end.max())}")
+    before = np.take_along_axis(running, np.maximum(end, 1)[:, None] - 1, axis=1)[:, 0]
+    return np.where(end > 0, before, -np.inf)
 
 
-def lead(alarms: Bool[np.ndarray, "batch pos"], event: Int[np.ndarray, " batch"]) -> Lead:
-    """Lead of every sequence whose alarm comes before the event."""
+def lead(
+    alarms: Bool[np.ndarray, "batch pos"], event: Int[np.ndarray, " batch"], cause: Int[np.ndarray, " batch"]
+) -> Lead:
+    """Lead of every sequence whose first alarm comes at its cause or later, and before the event.
+
+    An alarm before the cause is a false one that happens to precede an event: it is counted apart, as premature.
+
+    Args:
+      alarms: True from the token on at which the alarm is raised.
+      event: index of the token that is warned of.
+      cause: index of the token at which the event can be known for the first time.
+
+    Raises:
+      InputError: a cause at or after its event.
+    """
+    if (cause >= event).any():
+        i = int(np.argmax(cause >= event))
+        raise InputError(
+            f"a cause comes before its event; in sequence {i} it is at {cause[i]}, the event at {event[i]}"
+        )
     first = np.where(alarms.any(1), alarms.argmax(1), alarms.shape[1])
-    detected = first < event
-    return Lead(tuple((event - first)[detected].tolist()))
+    detected = (first >= cause) & (first < event)
+    return Lead(tuple((event - first)[detected].tolist()), int((first < cause).sum()), len(event))
 
 
-def auroc_interval(
-    scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"], *, seed: int, n_boot: int = 1000
-) -> tuple[float, float, float]:
-    """AUROC and its 95 % bootstrap interval, positives and negatives resampled apart."""
-    rng = np.random.default_rng(seed)
-    positive, negative = scores[labels], scores[~labels]
-    truth = np.repeat([True, False], [len(positive), len(negative)])
-    draws = [
-        auroc(np.concatenate([rng.choice(positive, len(positive)), rng.choice(negative, len(negative))]), truth)
-        for _ in range(n_boot)
-    ]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return auroc(scores, labels), float(low), float(high)
+def auroc_interval(scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]) -> tuple[float, float, float]:
+    """AUROC θ̂ and its 95 % score interval, which is right where the classes separate: θ̂ = 1 has a lower end below 1.
+
+    The interval holds every θ with `|θ̂ − θ| ≤ 1.96 √V(θ)`. V is the larger of two variances, with m positives, n
+    negatives and `N = (m + n) / 2`: Hanley and McNeil's
+
+        V(θ) = θ (1 − θ) [1 + (N − 1) ((1 − θ) / (2 − θ) + θ / (1 + θ))] / (m n)
+
+    and DeLong's of these scores, scaled by `θ (1 − θ) / θ̂ (1 − θ̂)`: the first takes both classes to spread alike, the
+    second vanishes where they separate, so that by itself its interval would be [1, 1].
+
+    Source: Newcombe 2006, "Confidence intervals for an effect size measure based on the Mann–Whitney statistic", part
+    2, method 5 (the first variance); DeLong et al. 1988 (the second).
+
+    Raises:
+      ValueError: only one class is there.
+    """
+    value = auroc(scores, labels)
+    m, n = int(np.sum(labels)), int(np.sum(~labels))
+    half = (m + n) / 2 - 1
+    seen = _delong_variance(scores, labels) / (value * (1 - value)) if 0 < value < 1 else 0.0
+
+    def excess(theta: float) -> float:
+        alike = (1 + half * ((1 - theta) / (2 - theta) + theta / (1 + theta))) / (m * n)
+        return (value - theta) ** 2 - _Z**2 * theta * (1 - theta) * max(alike, seen)
+
+    # positive at 0 and 1 and negative next to θ̂, unless θ̂ is one of the two: there the interval ends
+    low = optimize.brentq(excess, 0.0, value - 1e-12) if value > 1e-9 else 0.0
+    high = optimize.brentq(excess, value + 1e-12, 1.0) if value < 1 - 1e-9 else 1.0
+    return value, float(low), float(high)
+
+
+def _delong_variance(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Variance of the AUROC from how the values of each class are placed among those of the other; 0 for one value."""
+    ranks, parts = stats.rankdata(scores), []
+    for own in (labels, ~labels):
+        placed = (ranks[own] - stats.rankdata(scores[own])) / (~own).sum()
+        parts.append(placed.var(ddof=1) / own.sum() if own.sum() > 1 else 0.0)
+    return float(sum(parts))
 
 
 def roc(scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]) -> tuple[Sequence[float], Sequence[float]]:

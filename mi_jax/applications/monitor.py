@@ -40,5 +40,5 @@ class Monitor(eqx.Module):
         return jax.lax.cummax(self.probe(x), axis=1)
 
     def alarms(self, scores: Float[Array, "batch pos"]) -> Bool[Array, "batch pos"]:
-        """True from the token on at which the alarm is raised."""
-        return scores > self.threshold
+        """True from the token on at which the alarm is raised; a score that is NaN raises it too."""
+        return ~(scores <= self.threshold)

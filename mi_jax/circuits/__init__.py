@@ -47,3 +47,6 @@ from mi_jax.circuits.scores.neurons import top_neurons as top_neurons
 from mi_jax.circuits.scores.nodes import node_scores as node_scores
 from mi_jax.circuits.search import acdc as acdc
 from mi_jax.circuits.search import learn_mask as learn_mask
+from mi_jax.circuits.search.plateau import Plateau as Plateau
+from mi_jax.circuits.search.plateau import plateau as plateau
+from mi_jax.circuits.search.plateau import plateau_circuit as plateau_circuit

@@ -33,7 +33,7 @@ HEADLINE = (
     ("decomposition.ce_recovered", "Loss recovered", "higher"),
     ("features.detection_score", "Explanation detection", "higher"),
     ("circuit.cmd", "Circuit–model distance", "lower"),
-    ("organism.edge_f1", "Known edges found (F1)", "higher"),
+    ("organism.edge_f1_worst", "Known edges found (worst F1)", "higher"),
     ("monitor.auroc", "Monitor AUROC", "higher"),
 )
 

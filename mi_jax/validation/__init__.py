@@ -23,9 +23,14 @@ from mi_jax.validation.organism import organism_from_arrays as organism_from_arr
 from mi_jax.validation.organism import train_organism as train_organism
 from mi_jax.validation.planting import DESIGN as DESIGN
 from mi_jax.validation.planting import planted_decoder as planted_decoder
+from mi_jax.validation.quality import Quality as Quality
+from mi_jax.validation.quality import Trained as Trained
+from mi_jax.validation.quality import quality as quality
+from mi_jax.validation.quality import train_accepted as train_accepted
 from mi_jax.validation.superposition import Superposition as Superposition
 from mi_jax.validation.superposition import SuperpositionConfig as SuperpositionConfig
 from mi_jax.validation.superposition import superposition as superposition
 from mi_jax.validation.truth import Truth as Truth
 from mi_jax.validation.truth import verify as verify
+from mi_jax.validation.zoo import ORGANISMS as ORGANISMS
 from mi_jax.validation.zoo import load_organism as load_organism

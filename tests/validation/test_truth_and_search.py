@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mi_jax as mi
-from mi_jax.circuits import discover, masked_forward, source_outputs
+from mi_jax.circuits import masked_forward, plateau_circuit, source_outputs
 from mi_jax.data.organism_data import OrganismData, trigger_batch
 from mi_jax.validation import (
     DESIGN,
@@ -51,6 +51,45 @@ def test_effects_are_shares_of_the_gap_between_the_prompts(organism, tasks):
     assert truth.effects[s, r] == pytest.approx((clean - edited) / (clean - corrupt), abs=1e-4)
 
 
+@pytest.mark.parametrize("measure", ["logit-difference", "probability-difference"])
+def test_effects_are_measured_by_the_metric_of_the_task(organism, tasks, measure):
+    task = dataclasses.replace(tasks["trigger"], measure=measure)
+    truth = verify(organism.model, task, organism.designed("trigger"))
+    everything = truth.graph.mask(["a1.h1->logits"])
+    # all of the mechanism goes through its last edge, whatever it is measured by
+    np.testing.assert_allclose(truth.effects[everything], 1.0, atol=0.1)
+    assert truth.as_designed, (truth.idle, truth.stray)
+
+
+def test_the_threshold_stands_in_the_widest_gap_and_the_margin_says_how_wide(organism):
+    graph, designed = organism.graph, organism.designed("induction")
+    effects = np.zeros(graph.edges.shape)
+    effects[designed] = [1.0, 0.5, 0.45, -0.42, 0.4]
+    effects[graph.index("m1->logits")] = 0.1
+    truth = Truth("made up", graph, designed, effects, faithfulness=1.0)
+    assert truth.threshold == pytest.approx(0.2)
+    assert truth.margin == pytest.approx(4.0)
+    assert truth.as_designed
+    assert truth.undecided == []
+    # the same shares of another behaviour give the same truth: it does not hang on five hundredths
+    assert dataclasses.replace(truth, effects=0.8 * effects).mask.sum() == truth.mask.sum()
+    # effects below what is told apart make no gap among themselves
+    noise = effects.copy()
+    noise[graph.index("m0->logits")] = 1e-9
+    assert dataclasses.replace(truth, effects=noise).threshold == pytest.approx(0.2)
+    assert dataclasses.replace(truth, fixed_threshold=0.05).stray == ["m1->logits"]
+
+
+def test_an_edge_next_to_the_threshold_is_too_close_to_call(organism):
+    graph, designed = organism.graph, organism.designed("induction")
+    effects = np.where(designed, 0.4, 0.0)
+    for edge, effect in (("m1->logits", 0.25), ("m0->logits", 0.16), ("a0.h2->logits", 0.1)):
+        effects[graph.index(edge)] = effect
+    truth = Truth("made up", graph, designed, effects, faithfulness=1.0)
+    assert truth.margin < 2.25
+    assert truth.undecided
+
+
 def test_deviations_from_the_design_are_named(organism):
     graph = organism.graph
     designed = organism.designed("induction")
@@ -70,7 +109,7 @@ def test_deviations_from_the_design_are_named(organism):
 
 
 def test_the_search_finds_both_mechanisms_without_being_told(organism, tasks):
-    found = {name: discover(organism.model, task, method="eap-ig").mask for name, task in tasks.items()}
+    found = {name: plateau_circuit(organism.model, task)[0].mask for name, task in tasks.items()}
     true = {name: organism.designed(name) for name in tasks}
     for name in tasks:
         assert agreement(found[name], true[name]).f1 >= 0.8, organism.graph.names(found[name])
