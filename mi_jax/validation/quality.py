@@ -5,11 +5,11 @@ not favour a method. What is rejected is trained anew from another key, and coun
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 from jaxtyping import PRNGKeyArray
 
+from mi_jax.run.stages import Progress
 from mi_jax.validation.behaviour import Behaviour, behaviour
 from mi_jax.validation.organism import Organism, OrganismConfig, train_organism
 from mi_jax.validation.truth import Truth, verify
@@ -85,7 +85,7 @@ def train_accepted(
     *,
     key: PRNGKeyArray,
     attempts: int = 3,
-    progress: Callable[[float, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trained:
     """Trains organisms from one key after another until the check accepts one, or `attempts` were made."""
     rejected: list[list[str]] = []

@@ -46,7 +46,7 @@ def layers_on_paths(graph: "Graph", mask: np.ndarray, *, ablation: Any) -> Bool[
     """The layers that have a source with an edge that `prune` keeps; all where it can drop none."""
     if graph.normed_bias:
         return np.ones(graph.n_layers, bool)
-    writes = prune(graph, mask, ablation=ablation).reshape(graph.n_sources, -1).any(1)
+    writes = np.any(prune(graph, mask, ablation=ablation).reshape(graph.n_sources, -1), axis=1)
     return writes[1:].reshape(graph.n_layers, graph.layer_sources).any(1)
 
 
@@ -71,7 +71,7 @@ def reached_sources(graph: "Graph", mask: Bool[np.ndarray, "source reader pos"])
     reached[0] = True
     for s in range(1, graph.n_sources):
         inputs = np.flatnonzero(graph.computes_from[s])
-        into = (mask[:s, inputs] & reached[:s, None]).any(0)
+        into = np.any(mask[:s, inputs] & reached[:s, None], axis=0)
         reached[s] = into[~everywhere[inputs]].any(0) | into[everywhere[inputs]].any()
     return reached
 

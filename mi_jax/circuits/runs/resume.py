@@ -39,7 +39,8 @@ def masked_run(
     differences = jnp.zeros(patch.shape, base.dtype).at[:1].set(first)
 
     def body(carry, number):
-        return _advanced(model, number, *carry, kept, patch, mask), carry[0]
+        base, differences = carry
+        return _advanced(model, number, base, differences, kept, patch, mask), base
 
     numbers = jnp.arange(model.config.n_layers, dtype=jnp.int32)
     (base, differences), bases = jax.lax.scan(body, (base, differences), numbers)
@@ -65,7 +66,8 @@ def resumed_stream(
     kept = kept_weights(graph, edges)
 
     def body(number, state):
-        return _advanced(model, number, *state, kept, patch, mask)
+        base, differences = state
+        return _advanced(model, number, base, differences, kept, patch, mask)
 
     base = jax.lax.dynamic_index_in_dim(run.bases, layer, keepdims=False)
     base, differences = jax.lax.fori_loop(layer, n_layers - 1, body, (base, run.differences))

@@ -86,7 +86,7 @@ def node_circuit(graph: Graph, nodes: Bool[np.ndarray, " source"]) -> Bool[np.nd
     if nodes.shape != (graph.n_sources,):
         raise InputError(f"nodes is a mask of the {graph.n_sources} sources of the graph, got shape {nodes.shape}")
     kept = nodes | (np.arange(graph.n_sources) == 0)
-    read = graph.own_readers[kept].any(0)
+    read = np.any(graph.own_readers[kept], axis=0)
     read[-1] = True
     return graph.edges & kept[:, None] & read[None, :]
 

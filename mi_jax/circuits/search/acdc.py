@@ -120,9 +120,23 @@ def acdc(
             continue
         padded = np.zeros(graph.n_sources, np.int32)
         padded[: len(tried)] = tried
-        numbers = [jnp.asarray(v, jnp.int32) for v in (reader, graph.reader_layers[reader], len(tried))]
-        at = jnp.asarray(kept), *numbers, jnp.asarray(padded), jnp.asarray(loss, kind), jnp.asarray(limit)
-        found = jax.device_get(_decided(model, task, patch, clean, *at, jnp.asarray(absolute), objective, window))
+        found = _decided(
+            model,
+            task,
+            patch,
+            clean,
+            jnp.asarray(kept),
+            reader=jnp.asarray(reader, jnp.int32),
+            layer=jnp.asarray(graph.reader_layers[reader], jnp.int32),
+            candidates=jnp.asarray(padded),
+            n=jnp.asarray(len(tried), jnp.int32),
+            loss=jnp.asarray(loss, kind),
+            threshold=jnp.asarray(limit),
+            absolute=jnp.asarray(absolute),
+            objective=objective,
+            window=window,
+        )
+        found = jax.device_get(found)
         kept[:, reader] &= ~found.removed
         if tried[0] != WHOLE:
             scores[tried, reader] = found.costs[: len(tried)]
@@ -168,10 +182,11 @@ def _decided(
     patch: Float[Array, "source batch pos d_model"],
     clean: _Clean,
     kept: Bool[Array, "source reader"],
+    *,
     reader: Int[Array, ""],
     layer: Int[Array, ""],
-    n: Int[Array, ""],
     candidates: Int[Array, " candidate"],
+    n: Int[Array, ""],
     loss: Float[Array, ""],
     threshold: Float[Array, ""],
     absolute: Bool[Array, ""],
