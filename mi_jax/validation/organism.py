@@ -2,7 +2,8 @@
 
 Every step trains on three batches: repeated tokens with edges outside the induction design resampled, trigger sequences
 with edges outside the trigger design resampled, and half of each as they are. First all edges outside are resampled,
-later a random part of them; then the log-odds of the next token also have to be the same as without resampling.
+later a random part of them; then the log-odds of the next token also have to be the same as without resampling. Where
+the forbidden token does not come, it is kept unlikelier than every other one.
 """
 
 import dataclasses
