@@ -155,8 +155,8 @@ def audit(
     clean, clean_benign = jit(model)(triggered), jit(model)(benign)
 
     def measure(direction: Array, dose: float, seed: int) -> Effect:
-        goal, bound, share = (jnp.asarray(value, jnp.float32) for value in (target, limit, dose))
-        edit = SetScore(probe, goal, bound, direction, share)
+        score, over, share = (jnp.asarray(value, jnp.float32) for value in (target, limit, dose))
+        edit = SetScore(probe, score, over, direction, share)
         edited = jit(intervene(model, transform(site, edit, layer=layer)))
         logits, logits_benign = edited(triggered), edited(benign)
         fall = np.asarray(_relative_logit(clean, predicted_at, event) - _relative_logit(logits, predicted_at, event))

@@ -129,9 +129,12 @@ def auroc_interval(scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n
         return (value - theta) ** 2 - _Z**2 * theta * (1 - theta) * max(alike, seen)
 
     # positive at 0 and 1 and negative next to θ̂, unless θ̂ is one of the two: there the interval ends
-    low = optimize.root_scalar(excess, bracket=(0.0, value - 1e-12)).root if value > 1e-9 else 0.0
-    high = optimize.root_scalar(excess, bracket=(value + 1e-12, 1.0)).root if value < 1 - 1e-9 else 1.0
-    return value, float(low), float(high)
+    def end(one: float, other: float) -> float:
+        return float(optimize.root_scalar(excess, bracket=(one, other)).root)
+
+    low = end(0.0, value - 1e-12) if value > 1e-9 else 0.0
+    high = end(value + 1e-12, 1.0) if value < 1 - 1e-9 else 1.0
+    return value, low, high
 
 
 def _delong_variance(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -2,7 +2,8 @@
 
 Every step trains on three batches: repeated tokens with edges outside the induction design resampled, trigger sequences
 with edges outside the trigger design resampled, and half of each as they are. First all edges outside are resampled,
-later a random part of them; then the log-odds of the next token also have to be the same as without resampling.
+later a random part of them; then the log-odds of the next token also have to be the same as without resampling. Where
+the forbidden token does not come, it is kept unlikelier than every other one.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ from mi_jax.run.workdir import Workdir
 from mi_jax.validation.edge_dropout import resampled_forward
 from mi_jax.validation.planting import DESIGN, planted_decoder
 
+# log-odds below which the forbidden token is to stay where it does not come; a token at random has −4
+_ABSENT = 6.0
+
 
 @dataclasses.dataclass(frozen=True)
 class OrganismConfig:
@@ -46,6 +50,7 @@ class OrganismConfig:
       strict_share: of the steps, those in which all edges outside the design are resampled.
       undetermined_weight: of the loss at tokens that nothing determines; 1 at the others.
       invariance: weight of the squared change of the log-odds under resampling.
+      absence: weight of keeping the forbidden token unlikelier than any other where it does not come.
     """
 
     data: OrganismData = dataclasses.field(default_factory=OrganismData)
@@ -60,6 +65,7 @@ class OrganismConfig:
     strict_share: float = 0.4
     undetermined_weight: float = 0.1
     invariance: float = 0.1
+    absence: float = 0.3
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 2 or self.batch_size % 2:
@@ -142,6 +148,8 @@ class _Batch(eqx.Module):
     weights: Float[Array, "3 batch predicted"]
     edges: Float[Array, "2 source reader"]
     invariance: Float[Array, ""]
+    absence: float = eqx.field(static=True)
+    forbidden: int = eqx.field(static=True)
 
 
 class _Batches(eqx.Module):
@@ -168,6 +176,8 @@ class _Batches(eqx.Module):
             weights=jnp.where(batches(*sure), 1.0, config.undetermined_weight)[:, :, 1:],
             edges=jnp.stack(edges),
             invariance=jnp.where(strict, 0.0, config.invariance),
+            absence=config.absence,
+            forbidden=config.data.forbidden,
         )
 
 
@@ -182,7 +192,12 @@ def _loss(model: Decoder, batch: _Batch) -> tuple[Float[Array, ""], dict[str, Fl
     loss = ((nll * weights).sum((1, 2)) / weights.sum((1, 2))).mean()
     change = jnp.square(odds[2] - jnp.concatenate([odds[0, :half], odds[1, :half]]))
     change = (change * weights[2]).sum() / weights[2].sum()
-    return loss + batch.invariance * change, {"next_token": loss}
+    following = batch.tokens[:, :, 1:]
+    absent = jnp.where(following == batch.forbidden, 0.0, weights)
+    # its likelihood alone would not do: one in fifty costs hardly anything, and is the largest of many small ones
+    likely = jax.nn.softplus(_log_odds(logits, jnp.full_like(following, batch.forbidden)) + _ABSENT)
+    present = (likely * absent).sum() / absent.sum()
+    return loss + batch.invariance * change + batch.absence * present, {"next_token": loss}
 
 
 def _part_of(outside: np.ndarray, strict: Bool[Array, ""], key: PRNGKeyArray) -> Float[Array, "source reader"]:

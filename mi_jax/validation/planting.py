@@ -86,6 +86,9 @@ def planted_decoder(config: DecoderConfig, delay: int, trigger: tuple[int, int],
     attn, d, h = model.blocks.attn, config.d_model, config.d_head
 
     tokens = jax.random.normal(k_embed, (config.d_vocab, parts.tokens.stop - 1))
+    # no ordinary token looks like one of the trigger's: with so few dimensions, some would by chance
+    rare = jnp.linalg.qr(tokens[jnp.asarray(trigger)].T)[0]
+    tokens = (tokens - tokens @ rare @ rare.T).at[jnp.asarray(trigger)].set(rare.T)
     tokens = tokens / jnp.linalg.norm(tokens, axis=1, keepdims=True)
     embed = jnp.zeros((config.d_vocab, d)).at[:, 0].set(1.0).at[:, parts.tokens].set(tokens)
 
@@ -116,7 +119,7 @@ def planted_decoder(config: DecoderConfig, delay: int, trigger: tuple[int, int],
     down = (_BYSTANDER_GAIN * model.blocks.mlp.down).at[0].set(verdict)
     mlp = _with_conjunction(
         eqx.tree_at(lambda m: m.down, model.blocks.mlp, down),
-        pair=(embed[trigger[0]] @ v[0, :, 1] @ o[0, 1], embed.at[:, 0].set(0.0)[trigger[1]]),
+        pair=(_told_apart(embed @ v[0, :, 1] @ o[0, 1], trigger[0]), embed.at[:, 0].set(0.0)[trigger[1]]),
         d_model=d,
     )
     unembed = _block(keys[7], (d, config.d_vocab), rows=parts.answer).T
@@ -132,15 +135,13 @@ def _with_conjunction(mlp: MLP, *, pair: tuple[Array, Array], d_model: int) -> M
 
     Args:
       mlp: of all layers.
-      pair: what the head writes when the previous token is the trigger's first, before its input's norm, and the
-        embedding of the second.
+      pair: the direction that gives 1 for what the head writes when the previous token is the trigger's first, before
+        its input's norm, and the embedding of the second, of unit length.
     """
     previous, current = pair
     # the norm before the head scales its input, and the one before the MLP what is read here
     scale = (d_model / 2) ** 0.5
-    previous = previous * scale
-    size = jnp.linalg.norm(previous)
-    read = previous / size**2 + current / jnp.linalg.norm(current) ** 2
+    read = previous / scale + current
     # both parts give 2, one gives 1: open in between
     gate = _CONJUNCTION_GAIN * (read.at[0].add(-1.5)) / scale
     up = jnp.zeros(d_model).at[0].set(1.0 / scale)
@@ -150,6 +151,14 @@ def _with_conjunction(mlp: MLP, *, pair: tuple[Array, Array], d_model: int) -> M
         mlp,
         (mlp.gate.at[0, :, :_UNITS].set(gate[:, None]), mlp.up.at[0, :, :_UNITS].set(up[:, None])),
     )
+
+
+def _told_apart(written: Float[Array, "d_vocab d_model"], token: int, ridge: float = 1e-2) -> Float[Array, " d_model"]:
+    """The direction whose product is 1 with what is written for one token, and smallest for the others."""
+    gram = written.T @ written
+    one = written[token]
+    direction = jnp.linalg.solve(gram + ridge * jnp.trace(gram) * jnp.eye(len(gram)), one)
+    return direction / (direction @ one)
 
 
 def _frequencies(config: DecoderConfig) -> np.ndarray:

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 from jaxtyping import PRNGKeyArray
 
+from mi_jax.core.errors import InputError
 from mi_jax.run.stages import Progress
 from mi_jax.validation.behaviour import Behaviour, behaviour
 from mi_jax.validation.organism import Organism, OrganismConfig, train_organism
@@ -87,13 +88,18 @@ def train_accepted(
     attempts: int = 3,
     progress: Progress | None = None,
 ) -> Trained:
-    """Trains organisms from one key after another until the check accepts one, or `attempts` were made."""
+    """Trains organisms from one key after another until the check accepts one, or `attempts` were made.
+
+    Raises:
+      InputError: no attempt.
+    """
+    if attempts < 1:
+        raise InputError(f"attempts must be at least 1, got {attempts}")
     rejected: list[list[str]] = []
-    for attempt in range(attempts):
-        k_train, k_quality = jax.random.split(jax.random.fold_in(key, attempt))
+    while True:
+        k_train, k_quality = jax.random.split(jax.random.fold_in(key, len(rejected)))
         organism = train_organism(config, key=k_train, progress=progress)
         found = quality(organism, pairs, key=k_quality)
-        if not found.faults or attempt == attempts - 1:
-            break
+        if not found.faults or len(rejected) == attempts - 1:
+            return Trained(organism, found, tuple(rejected))
         rejected.append(found.faults)
-    return Trained(organism, found, tuple(rejected))

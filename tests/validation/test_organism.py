@@ -36,6 +36,17 @@ def test_positional_heads_look_where_they_should_before_any_training():
         assert along.mean() > 0.5, (layer, head)
 
 
+def test_no_ordinary_token_looks_like_one_of_the_trigger():
+    config = OrganismConfig()
+    data = config.data
+    model = planted_decoder(config.decoder, data.delay, (data.first, data.second), key=jax.random.key(3))
+    tokens = np.asarray(model.embed)[:, 1:]
+    np.testing.assert_allclose(np.linalg.norm(tokens, axis=1), 1.0, rtol=1e-5)
+    likeness = tokens @ tokens[[data.first, data.second]].T
+    likeness[[data.first, data.second], [0, 1]] -= 1.0
+    np.testing.assert_allclose(likeness, 0, atol=1e-5)
+
+
 def test_a_design_that_does_not_fit_is_refused():
     config = DecoderConfig(n_layers=3, d_model=64, n_heads=4, n_kv_heads=4, d_head=16, d_mlp=64, d_vocab=64, n_ctx=32)
     with pytest.raises(ValueError, match="laid out for two layers"):

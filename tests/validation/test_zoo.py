@@ -1,12 +1,19 @@
-"""The organism that comes with the project does what it is said to do."""
+"""The organisms that come with the project do what they are said to do."""
 
 import jax
+import pytest
 
-from mi_jax.validation import behaviour, load_organism
+from mi_jax.core.errors import InputError
+from mi_jax.validation import ORGANISMS, load_organism, quality
 
 
-def test_it_has_both_mechanisms():
-    does = behaviour(load_organism(), key=jax.random.key(5), n=128)
-    assert does.induction_accuracy >= 0.9
-    assert does.trigger_rate >= 0.95
-    assert does.false_rate <= 0.03
+@pytest.mark.parametrize("number", range(ORGANISMS))
+def test_they_have_both_mechanisms_and_nothing_else(number):
+    found = quality(load_organism(number), 16, key=jax.random.key(5))
+    assert found.faults == []
+    assert not any(truth.undecided for truth in found.truths.values())
+
+
+def test_there_is_no_other():
+    with pytest.raises(InputError, match=f"organisms 0 to {ORGANISMS - 1}"):
+        load_organism(ORGANISMS)
