@@ -63,7 +63,7 @@ class PipelineConfig:
             circuit_prompts=4,
             ig_steps=1,
             random_circuits=1,
-            organisms=2,
+            organisms=min(self.organisms, 2),
             organism_steps=50,
             monitor_sequences=400,
             label_permutations=2,

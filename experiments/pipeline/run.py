@@ -77,7 +77,7 @@ class Run:
             ("decomposition", "decomposition", 220, lambda p: decomposition(self.subject, config, p)),
             ("features", "features", 10, lambda p: features(self.subject, load("decomposition"), config, p)),
             ("circuit", "circuit", 50, lambda p: circuit(self.subject, config, p)),
-            ("validation", "validation", 50, lambda p: validation(config, p)),
+            ("validation", "validation", 70, lambda p: validation(config, p)),
             ("application", "application", 20, lambda p: application(load("validation"), config, p)),
         ]
         chosen = stage_names(config)
