@@ -82,7 +82,13 @@ def test_decisions_are_those_of_the_sequential_rule(threshold, absolute):
     assert ((kept_by_score >= threshold) == found.mask).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES_WITH_EDGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if Graph.of(FAMILIES[name]).coupled else pytest.mark.slow)
+        for name in FAMILIES_WITH_EDGES
+    ],
+)
 def test_every_family_follows_the_sequential_rule(name):
     """Heads that a norm couples included: what one reads changes what the others write."""
     decoder = family(name)
