@@ -91,7 +91,8 @@ def summary(done: list[Done]) -> dict[str, float | int]:
 def _table(moves: list[Movement]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("figure", "least", "mean", "largest", "least in", "largest in"):
-        table.add_column(name, justify="left" if "in" in name.split() or name == "figure" else "right")
+        words = "in" in name.split() or name == "figure"
+        table.add_column(name, justify="left" if words else "right", no_wrap=name == "figure")
     for m in moves:
         places = (m.low_at, m.high_at) if m.moves else ("", "")
         table.add_row(m.key, number(m.low), number(m.mean), number(m.high), *places)
