@@ -100,9 +100,9 @@ def site_of(
         chosen = tuple(every if isinstance(layers, Each) else np.atleast_1d(np.asarray(layers)).tolist())
     elif not isinstance(layers, Each):
         raise SiteError(f"site {site.name!r} of {table.model} exists once, not per layer; got layers={layers}")
-    table.normalise([At(site.name, chosen)])
     if chosen is not None and len(set(chosen)) < len(chosen):
         raise SiteError(f"a layer is given twice: layers={chosen}")
+    table.normalise([At(site.name, chosen)])
     positioned = len(axes) == 3
     setup = Setup(site.name, chosen, positioned, 1, 1, 1, 1.0, 1, None)
     shape = eqx.filter_eval_shape(source_values, model, triples, setup).shape

@@ -63,7 +63,8 @@ def plateau(values: Sequence[float] | np.ndarray, *, least: float = 0.5) -> Plat
     for i, target in enumerate(_targets(f)):
         if target > reached:
             found = Plateau(i, reached, float(target))
-            if best is None or found.width > best.width:
+            # of equal ranges the smaller size, whatever their rounding
+            if best is None or found.width > best.width + 1e-9:
                 best = found
             reached = float(target)
     if best is None:
