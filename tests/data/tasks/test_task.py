@@ -155,7 +155,7 @@ def test_pairs_that_are_not_there_are_refused(rows):
 def test_a_token_below_zero_is_no_answer():
     """JAX would count it from the end of the vocabulary; where a set is padded, it has no weight."""
     for kind in ("answer", "distractor"):
-        with pytest.raises(InputError, match=f"a token of its {kind} is below 0"):
+        with pytest.raises(InputError, match=f"{kind} holds token -1; tokens count from 0"):
             task(**{kind: jnp.array([3, -1], jnp.int32), f"{kind}_weight": None})
     padded = task(answer=jnp.array([[1, 2], [3, -1]], jnp.int32))
     assert len(padded) == 2
