@@ -96,10 +96,11 @@ def test_places_of_large_masks_are_those_of_small_ones(seed, size, two):
     rng = np.random.default_rng(seed)
     one = rng.uniform(size=(6, 7)) < 0.3
     other = (rng.uniform(size=(6, 7)) < 0.3) & ~one if two else None
+    second = None if other is None else jnp.asarray(other)
     want = np.argwhere(one).tolist() + (np.argwhere(other).tolist() if two else [])
     for limit in (selection.LARGEST, 10):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(selection, "LARGEST", limit)
-            rows, columns, total = (np.asarray(a) for a in places(one, size, other))
+            rows, columns, total = (np.asarray(a) for a in places(jnp.asarray(one), size, second))
         assert np.stack([rows, columns], 1).tolist() == (want + [[6, 0]] * size)[:size]
         assert int(total) == len(want) if len(want) <= size else int(total) > size
