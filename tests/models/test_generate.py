@@ -55,7 +55,7 @@ def check_acts(model, tokens, made, **site_layers):
             close(found, expected, f"{site} in row {row}")
 
 
-SITES = {"resid_pre": None, "attn.z": (1, 0), "mlp_out": 1, "logits": None, "embed": None, "final_norm": None}
+SITES = {"resid_pre": None, "attn.z": (1, 0, 1), "mlp_out": 1, "logits": None, "embed": None, "final_norm": None}
 WITH_KEYS = {"attn.pattern": None, "attn.scores": 1, "attn.q": None, "attn.k": (1,)}
 
 
